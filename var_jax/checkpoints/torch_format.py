@@ -1,0 +1,188 @@
+"""Names and layouts of the official PyTorch checkpoints <-> our trees.
+
+One table of patterns for each model gives every parameter its official name.
+The rest is transposition (convolutions are OIHW there and HWIO here,
+projections [out, in] there and [in, out] here) and stacking, since our blocks
+are scanned over layers and our phis lie in one array. NumPy only: reading and
+writing the files is somebody else's work.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.models.transformer import VAR, VARConfig
+
+# (our path, official name); {r} counts what we stack on axis 0.
+_VAR_NAMES = (
+  (r"class_emb", "class_emb.weight"),
+  (r"pos_start", "pos_start"),
+  (r"pos", "pos_1LC"),
+  (r"lvl_emb", "lvl_embed.weight"),
+  (r"word_emb/(\w+)", r"word_embed.\1"),
+  (r"ada/linear/(\w+)", r"blocks.{r}.ada_lin.1.\1"),
+  (r"shared_ada/linear/(\w+)", r"shared_ada_lin.1.\1"),
+  (r"ada_gss", "blocks.{r}.ada_gss"),
+  (r"blocks/attn/scale_mul", "blocks.{r}.attn.scale_mul_1H11"),
+  (r"blocks/attn/([qv]_bias)", r"blocks.{r}.attn.\1"),
+  (r"blocks/attn/(\w+)/(\w+)", r"blocks.{r}.attn.\1.\2"),
+  (r"blocks/ffn/(\w+)/(\w+)", r"blocks.{r}.ffn.\1.\2"),
+  (r"head_ada/linear/(\w+)", r"head_nm.ada_lin.1.\1"),
+  (r"head/(\w+)", r"head.\1"),
+)
+_TOKENIZER_NAMES = (
+  (r"(\w+)/(down|up)_(\d)_(\w+)_(\d)/(\w+)/(\w+)", r"\1.\2.\3.\4.\5.\6.\7"),
+  (r"(\w+)/(down|up)_(\d)_(\w+sample)/(\w+)", r"\1.\2.\3.\4.conv.\5"),
+  (r"(\w+)/mid_(\w+)/(\w+)/(\w+)", r"\1.mid.\2.\3.\4"),
+  (r"((?:en|de)coder)/(\w+)/(\w+)", r"\1.\2.\3"),
+  (r"((?:post_)?quant_conv)/(\w+)", r"\1.\2"),
+  (r"codebook", "quantize.embedding.weight"),
+  (r"phi_(\w+)", r"quantize.quant_resi.PHI.\1"),
+)
+_LEAF_NAMES = {"kernel": "weight", "scale": "weight"}
+
+# Tensors of the official files that are no parameters.
+_BUFFERS = re.compile(
+  r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias"
+  r"|quantize\.ema_vocab_hit_SV"
+)
+
+
+class Entry(NamedTuple):
+  """One official tensor and where it lives in our tree."""
+
+  official: str
+  path: str
+  index: int | None  # on axis 0 of our array; None where it is all of it
+  shape: tuple[int, ...]  # of ours, without axis 0 where there is an index
+
+
+def var_entries(cfg: VARConfig) -> Iterator[Entry]:
+  """Yield the entries of a transformer."""
+  return _entries(abstract_var(cfg), _VAR_NAMES, "")
+
+
+def tokenizer_entries(cfg: TokenizerConfig) -> Iterator[Entry]:
+  """Yield the entries of a tokenizer."""
+  # VAR: the phis' name tells how they are shared.
+  phi = {0: "{r}", 1: "qresi"}.get(cfg.num_phis, "qresi_ls.{r}")
+  return _entries(abstract_tokenizer(cfg), _TOKENIZER_NAMES, phi)
+
+
+def abstract_var(cfg: VARConfig) -> dict[str, Any]:
+  """Return the parameter tree of a transformer as shapes and dtypes."""
+  inputs_1lZ = jnp.zeros((1, 0, cfg.latent_channels))
+  labels_1 = jnp.zeros((1,), jnp.int32)
+  init = jax.eval_shape(VAR(cfg).init, jax.random.key(0), labels_1, inputs_1lZ)
+  return init["params"]
+
+
+def abstract_tokenizer(cfg: TokenizerConfig) -> dict[str, Any]:
+  """Return the parameter tree of a tokenizer as shapes and dtypes."""
+  image_1HW3 = jnp.zeros((1, *cfg.image_shape, 3))
+  init = jax.eval_shape(Tokenizer(cfg).init, jax.random.key(0), image_1HW3)
+  return init["params"]
+
+
+def to_official(
+  params: Mapping[str, Any], entries: Iterator[Entry]
+) -> dict[str, np.ndarray]:
+  """Return the official state dict, without buffers."""
+  flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
+  tensors = {}
+  for entry in entries:
+    array = np.asarray(flat[entry.path])
+    if entry.index is not None:
+      array = array[entry.index]
+    tensors[entry.official] = _to_layout(entry, array)
+  return tensors
+
+
+def from_official(
+  tensors: Mapping[str, np.ndarray], entries: Iterator[Entry]
+) -> dict[str, Any]:
+  """Return our parameter tree.
+
+  Raises:
+    ValueError: a tensor is missing, unknown, or of the wrong shape.
+  """
+  unknown = {name for name in tensors if not _BUFFERS.fullmatch(name)}
+  stacks: dict[str, list] = {}
+  for entry in entries:
+    if entry.official not in tensors:
+      raise ValueError(
+        f"tensor {entry.official} is missing; give the complete state dict "
+        "of this architecture."
+      )
+    array = np.asarray(tensors[entry.official])
+    wanted = _to_layout(entry, np.empty(entry.shape, np.bool_)).shape
+    if array.shape != wanted:
+      raise ValueError(
+        f"tensor {entry.official} has shape {array.shape}, the architecture "
+        f"{wanted}; check depth, width, codebook and scales."
+      )
+    unknown.discard(entry.official)
+    array = _from_layout(entry, array)
+    stacks.setdefault(entry.path, []).append((entry.index, array))
+  if unknown:
+    raise ValueError(
+      f"tensor {min(unknown)} has no place in this architecture "
+      f"({len(unknown)} such); check shared AdaLN, phi mode and depth."
+    )
+  flat = {
+    path: np.stack([array for _, array in rows])
+    if rows[0][0] is not None
+    else rows[0][1]
+    for path, rows in stacks.items()
+  }
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _entries(abstract, table, phi) -> Iterator[Entry]:
+  flat = flax.traverse_util.flatten_dict(abstract, sep="/")
+  for path, leaf in flat.items():
+    name = _official_name(path, table).replace("PHI", phi)
+    shape = tuple(leaf.shape)
+    if "{r}" in name:
+      for index in range(shape[0]):
+        yield Entry(name.format(r=index), path, index, shape[1:])
+    elif phi and path.startswith("phi_"):  # one phi: an axis 0 of length 1
+      yield Entry(name, path, 0, shape[1:])
+    else:
+      yield Entry(name, path, None, shape)
+
+
+def _official_name(path: str, table) -> str:
+  for pattern, replacement in table:
+    if match := re.fullmatch(pattern, path):
+      name = match.expand(replacement)
+      stem, _, leaf = name.rpartition(".")
+      return f"{stem}.{_LEAF_NAMES.get(leaf, leaf)}" if stem else leaf
+  raise AssertionError(f"{path} has no official name")
+
+
+def _to_layout(entry: Entry, array: np.ndarray) -> np.ndarray:
+  if entry.path.endswith("kernel"):
+    if array.ndim == 4:
+      return array.transpose(3, 2, 0, 1)
+    return array.T
+  leaf = entry.path.rpartition("/")[-1]
+  if leaf == "scale_mul":
+    return array.reshape(1, -1, 1, 1)
+  if leaf in ("pos", "pos_start"):
+    return array[None]
+  return array[None, None] if leaf == "ada_gss" else array
+
+
+def _from_layout(entry: Entry, array: np.ndarray) -> np.ndarray:
+  if entry.path.endswith("kernel"):
+    if array.ndim == 4:
+      return array.transpose(2, 3, 1, 0)
+    return array.T
+  return array.reshape(entry.shape)

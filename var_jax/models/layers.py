@@ -1,0 +1,83 @@
+"""Numerics of the transformer as free functions of arrays.
+
+Norms and softmax are float32 whatever comes in; the caller casts back.
+"""
+
+import jax
+import jax.numpy as jnp
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def matmul_precision(dtype) -> jax.lax.Precision | None:
+  """Return the precision that makes `dtype` mean what it says on TPU.
+
+  float32 dots default to bfloat16 passes there; bfloat16 needs no help.
+  """
+  return HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def layer_norm(x_BlD: jax.Array, eps: float) -> jax.Array:
+  """Normalise over D in float32, without scale and shift of its own."""
+  x_BlD = x_BlD.astype(jnp.float32)
+  mean_Bl1 = jnp.mean(x_BlD, axis=-1, keepdims=True)
+  centred_BlD = x_BlD - mean_Bl1
+  variance_Bl1 = jnp.mean(jnp.square(centred_BlD), axis=-1, keepdims=True)
+  return centred_BlD * jax.lax.rsqrt(variance_Bl1 + eps)
+
+
+def modulate(
+  x_BlD: jax.Array, scale_B1D: jax.Array, shift_B1D: jax.Array
+) -> jax.Array:
+  """Return x (1 + scale) + shift, the affine part of AdaLN."""
+  return x_BlD * (1.0 + scale_B1D) + shift_B1D
+
+
+def l2_normalize(x_BlNK: jax.Array, eps: float = 1e-12) -> jax.Array:
+  """Scale each head's vector to length one, in float32."""
+  x_BlNK = x_BlNK.astype(jnp.float32)
+  square_BlN1 = jnp.sum(jnp.square(x_BlNK), axis=-1, keepdims=True)
+  # The maximum sits under the root, so that a zero vector has a gradient.
+  return x_BlNK * jax.lax.rsqrt(jnp.maximum(square_BlN1, eps * eps))
+
+
+def attend(
+  q_BlNK: jax.Array,
+  k_BTNK: jax.Array,
+  v_BTNK: jax.Array,
+  mask_lT: jax.Array | None,
+) -> jax.Array:
+  """Return softmax(q k^T) v, [B, l, N, K]; q comes already scaled.
+
+  Args:
+    mask_lT: bool, True where l may see T; None where all is visible.
+  """
+  precision = matmul_precision(q_BlNK.dtype)
+  logits_BNlT = jnp.einsum(
+    "blnk,btnk->bnlt",
+    q_BlNK,
+    k_BTNK,
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+  if mask_lT is not None:
+    logits_BNlT = jnp.where(mask_lT, logits_BNlT, -jnp.inf)
+  weights_BNlT = jax.nn.softmax(logits_BNlT, axis=-1).astype(v_BTNK.dtype)
+  return jnp.einsum(
+    "bnlt,btnk->blnk", weights_BNlT, v_BTNK, precision=precision
+  )
+
+
+def drop_path(x_BlD: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
+  """Zero the whole branch of a sample with probability `rate` < 1.
+
+  Survivors are scaled by 1 / (1 - rate) (stochastic depth, 1603.09382).
+  """
+  keep_B11 = jax.random.bernoulli(key, 1.0 - rate, (x_BlD.shape[0], 1, 1))
+  return jnp.where(keep_B11, x_BlD / (1.0 - rate), 0.0)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+  """Zero single elements with probability `rate` < 1, scaling the rest."""
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  return jnp.where(keep, x / (1.0 - rate), 0.0)

@@ -1,0 +1,138 @@
+"""Convolutional encoder and decoder of the tokenizer (VQGAN, 2012.09841).
+
+Residual levels, halved between them, single-head attention at the coarsest.
+Released preset: 160 channels, multipliers 1 1 2 2 4, 16 pixels a latent cell.
+NHWC throughout; any height and width that the downsampling divides.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from var_jax.models import layers
+
+
+class ConvKit(nn.Module):
+  """The convolution and the norm that all parts of the network share."""
+
+  dtype: Any = jnp.float32
+
+  def conv(self, features: int, name: str, kernel: int = 3, **kwargs):
+    kwargs.setdefault("padding", kernel // 2)
+    return nn.Conv(
+      features,
+      (kernel, kernel),
+      dtype=self.dtype,
+      precision=layers.matmul_precision(self.dtype),
+      name=name,
+      **kwargs,
+    )
+
+  def norm(self, x_BhwZ: jax.Array, name: str) -> jax.Array:
+    """Normalise 32 groups of channels, float32 inside, `dtype` outside."""
+    # use_fast_variance=False: E[x^2] - E[x]^2 cancels in float32.
+    norm = nn.GroupNorm(
+      num_groups=32,
+      epsilon=1e-6,
+      dtype=jnp.float32,
+      use_fast_variance=False,
+      name=name,
+    )
+    return norm(x_BhwZ).astype(self.dtype)
+
+
+class ResBlock(ConvKit):
+  """x + conv(swish(norm(conv(swish(norm(x))))))."""
+
+  features: int = 0
+
+  @nn.compact
+  def __call__(self, x_BhwZ):
+    h_BhwZ = nn.swish(self.norm(x_BhwZ, "norm1"))
+    h_BhwZ = self.conv(self.features, "conv1")(h_BhwZ)
+    h_BhwZ = nn.swish(self.norm(h_BhwZ, "norm2"))
+    h_BhwZ = self.conv(self.features, "conv2")(h_BhwZ)
+    if x_BhwZ.shape[-1] != self.features:
+      x_BhwZ = self.conv(self.features, "nin_shortcut", kernel=1)(x_BhwZ)
+    return x_BhwZ + h_BhwZ
+
+
+class AttnBlock(ConvKit):
+  """x + proj(attention(norm(x))), one head over all latent cells."""
+
+  @nn.compact
+  def __call__(self, x_BhwZ):
+    B, h, w, Z = x_BhwZ.shape
+    qkv_BhwE = self.conv(3 * Z, "qkv", kernel=1)(self.norm(x_BhwZ, "norm"))
+    q, k, v = jnp.split(qkv_BhwE.reshape(B, h * w, 1, 3 * Z), 3, axis=-1)
+    out_BT1Z = layers.attend(q * Z**-0.5, k, v, None)
+    return x_BhwZ + self.conv(Z, "proj_out", kernel=1)(
+      out_BT1Z.reshape(x_BhwZ.shape)
+    )
+
+
+class Encoder(ConvKit):
+  """Image [B, H, W, 3] to latent [B, h, w, Z]."""
+
+  channels: int = 160
+  channel_mults: Sequence[int] = (1, 1, 2, 2, 4)
+  blocks: int = 2
+  latent_channels: int = 32
+
+  @nn.compact
+  def __call__(self, image_BHW3):
+    last = len(self.channel_mults) - 1
+    x = self.conv(self.channels, "conv_in")(image_BHW3)
+    for level, mult in enumerate(self.channel_mults):
+      for block in range(self.blocks):
+        name = f"down_{level}_block_{block}"
+        x = ResBlock(self.dtype, mult * self.channels, name=name)(x)
+        if level == last:
+          x = AttnBlock(self.dtype, name=f"down_{level}_attn_{block}")(x)
+      if level != last:
+        # VAR: padded by one pixel at the right and the bottom only.
+        downsample = self.conv(
+          x.shape[-1],
+          f"down_{level}_downsample",
+          strides=2,
+          padding=((0, 1), (0, 1)),
+        )
+        x = downsample(x)
+    x = _middle(x, self.dtype)
+    x = nn.swish(self.norm(x, "norm_out"))
+    return self.conv(self.latent_channels, "conv_out")(x)
+
+
+class Decoder(ConvKit):
+  """Latent [B, h, w, Z] to image [B, H, W, 3] in float32, not clipped."""
+
+  channels: int = 160
+  channel_mults: Sequence[int] = (1, 1, 2, 2, 4)
+  blocks: int = 3
+
+  @nn.compact
+  def __call__(self, latent_BhwZ):
+    last = len(self.channel_mults) - 1
+    x = self.conv(self.channel_mults[-1] * self.channels, "conv_in")(latent_BhwZ)
+    x = _middle(x, self.dtype)
+    for level, mult in reversed(list(enumerate(self.channel_mults))):
+      for block in range(self.blocks):
+        name = f"up_{level}_block_{block}"
+        x = ResBlock(self.dtype, mult * self.channels, name=name)(x)
+        if level == last:
+          x = AttnBlock(self.dtype, name=f"up_{level}_attn_{block}")(x)
+      if level != 0:
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        x = self.conv(x.shape[-1], f"up_{level}_upsample")(x)
+    x = nn.swish(self.norm(x, "norm_out"))
+    return self.conv(3, "conv_out")(x).astype(jnp.float32)
+
+
+def _middle(x_BhwZ, dtype):
+  features = x_BhwZ.shape[-1]
+  x_BhwZ = ResBlock(dtype, features, name="mid_block_1")(x_BhwZ)
+  x_BhwZ = AttnBlock(dtype, name="mid_attn_1")(x_BhwZ)
+  return ResBlock(dtype, features, name="mid_block_2")(x_BhwZ)
