@@ -17,6 +17,17 @@ def matmul_precision(dtype) -> jax.lax.Precision | None:
   return HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
+def resolve_dtype(name: str | None) -> str:
+  """Return the dtype of matmul inputs; "auto" and None ask the platform."""
+  if name not in (None, "auto", "float32", "bfloat16"):
+    raise ValueError(
+      f"dtype {name!r} is not known; use auto, float32 or bfloat16."
+    )
+  if name in (None, "auto"):
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return name
+
+
 def layer_norm(x_BlD: jax.Array, eps: float) -> jax.Array:
   """Normalise over D in float32, without scale and shift of its own."""
   x_BlD = x_BlD.astype(jnp.float32)

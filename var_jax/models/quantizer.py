@@ -167,6 +167,16 @@ def quantize(
   return jnp.concatenate(tokens, axis=1), tuple(f_hats)
 
 
+def wanted_vectors(
+  f_BhwZ: jax.Array, f_hats: tuple[jax.Array, ...], scales: ScaleSchedule
+) -> jax.Array:
+  """Return the residual that each token was chosen for, [B, L, Z]."""
+  before = (jnp.zeros_like(f_BhwZ), *f_hats[:-1])
+  return jnp.concatenate(
+    [next_input(f_BhwZ - f, s, scales) for s, f in enumerate(before)], axis=1
+  )
+
+
 def accumulate(
   tokens_BL: jax.Array,
   params: QuantizerParams,

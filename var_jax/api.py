@@ -1,0 +1,318 @@
+"""The model as users hold it: load, encode, decode, sample, edit."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from var_jax.generation import edit as edit_lib
+from var_jax.generation import sampler
+from var_jax.generation.sampler import ModelParams, Models, Options, Sample
+from var_jax.models.layers import resolve_dtype
+from var_jax.models.scales import ScaleSchedule, Size
+from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.models.transformer import VAR, VARConfig
+
+
+class ModelConfig(NamedTuple):
+  tokenizer: TokenizerConfig
+  transformer: VARConfig | None  # None: a tokenizer alone
+
+
+class Preview(NamedTuple):
+  """One scale of `Model.stream`, as soon as it is drawn."""
+
+  scale: int
+  tokens_Bl: jax.Array
+  preview_BHW3: jax.Array
+
+
+def load(
+  path: epath.PathLike,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  dtype: str | None = None,
+  weights: str = "ema",
+) -> "Model":
+  """Return the model of a training workdir, at its newest step.
+
+  Args:
+    path: a workdir. A transformer's contains its frozen tokenizer; a
+      tokenizer alone encodes and decodes.
+    mesh: where parameters are replicated; the first device by default.
+    dtype: of matmul inputs, "float32" or "bfloat16"; by default float32 on
+      CPU and bfloat16 elsewhere.
+    weights: "ema" (falls back to "raw" where none was kept) or "raw".
+
+  Raises:
+    ValueError: there is no checkpoint, or it cannot be read.
+  """
+  # Here and not above: sampling a model in memory needs no Orbax.
+  from var_jax.checkpoints import store
+
+  dtype = resolve_dtype(dtype)
+  sharding = None
+  if mesh is not None:
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  description, tokenizer_params, var_params = store.read_models(
+    path, weights=weights, sharding=sharding
+  )
+  tokenizer = dataclasses.replace(description.tokenizer, dtype=dtype)
+  var = description.transformer
+  return Model(
+    Models(
+      Tokenizer(tokenizer), var and VAR(dataclasses.replace(var, dtype=dtype))
+    ),
+    ModelParams(tokenizer_params, var_params),
+    description.class_names,
+  )
+
+
+class Model:
+  """A tokenizer and, unless it was trained alone, a transformer.
+
+  Images are float32 [B, H, W, 3] in [-1, 1]; tokens int32 [B, L], scales
+  concatenated coarse to fine; labels 0..C-1, or -1 for unconditional. Every
+  method raises ValueError on an argument that does not fit.
+  """
+
+  def __init__(
+    self,
+    models: Models,
+    params: ModelParams,
+    class_names: tuple[str, ...] = (),
+  ):
+    self.models, self.params, self.class_names = models, params, class_names
+
+  @property
+  def config(self) -> ModelConfig:
+    var = self.models.var
+    return ModelConfig(self.models.tokenizer.cfg, var and var.cfg)
+
+  def encode(
+    self, images_BHW3: jax.Array, scales: Sequence[Size] | None = None
+  ) -> jax.Array:
+    """Return tokens [B, L].
+
+    Args:
+      scales: a list other than the model's; it ends at the latent grid of
+        the images, which may then be of another size, or not square.
+    """
+    schedule = self._schedule(scales)
+    images_BHW3 = _check_images(images_BHW3, schedule, self.config.tokenizer)
+    return _encode(
+      self.models.tokenizer, schedule, self.params.tokenizer, images_BHW3
+    )
+
+  def decode(
+    self, tokens_BL: jax.Array, scales: Sequence[Size] | None = None
+  ) -> jax.Array:
+    """Return images, clipped to [-1, 1]."""
+    schedule = self._schedule(scales)
+    tokens_BL = _check_tokens(tokens_BL, schedule, self.config.tokenizer)
+    return _decode(
+      self.models.tokenizer, schedule, self.params.tokenizer, tokens_BL
+    )
+
+  def logits(self, labels_B: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """Return teacher-forced logits [B, L, V] in float32, nothing dropped."""
+    labels_B = self._check_labels(labels_B)
+    schedule = self._schedule(None)
+    tokens_BL = _check_tokens(tokens_BL, schedule, self.config.tokenizer)
+    if labels_B.shape[0] != tokens_BL.shape[0]:
+      raise ValueError(
+        f"{labels_B.shape[0]} labels do not match {tokens_BL.shape[0]} rows "
+        "of tokens; give one label a row."
+      )
+    return _logits(self.models, self.params, labels_B, tokens_BL)
+
+  def sample(
+    self,
+    labels_B: jax.Array,
+    key: jax.Array,
+    guidance: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    smooth: bool = False,
+  ) -> Sample:
+    """Return images and tokens.
+
+    An image depends on its own key, label and options, not on its batch.
+
+    Args:
+      key: one key (image i uses fold_in(key, i)), or keys [B].
+      guidance: strength at the finest scale; it grows linearly from 0.
+      top_k, top_p: filters, 0 is off; top-p acts on what top-k left.
+      smooth: mixtures of codes in place of drawn ones, the official
+        `more_smooth`; the image then does not follow from the tokens.
+    """
+    call = self._prepare(labels_B, key, guidance, top_k, top_p, smooth)
+    return sampler.generate(**call)
+
+  def stream(
+    self,
+    labels_B: jax.Array,
+    key: jax.Array,
+    guidance: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    smooth: bool = False,
+  ) -> Iterator[Preview]:
+    """Yield a preview as soon as its scale is drawn; else as `sample`."""
+    call = self._prepare(labels_B, key, guidance, top_k, top_p, smooth)
+
+    def previews():
+      for drawn in sampler.draw_scales(**call):
+        image = sampler.decode(self.models, self.params, drawn.f_hat_BhwZ)
+        yield Preview(drawn.scale, drawn.tokens_Bl, image)
+
+    return previews()
+
+  def edit(
+    self,
+    images_BHW3: jax.Array,
+    keep_hw: np.ndarray,
+    labels_B: jax.Array,
+    key: jax.Array,
+    *,
+    method: str = "official",
+    guidance: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    smooth: bool = False,
+  ) -> Sample:
+    """Return images whose kept tokens are given and whose others are drawn.
+
+    Args:
+      keep_hw: bool [h, w] on the finest token grid, True keeps.
+      method: "official", the mask rule of the published demo.
+    """
+    if method not in edit_lib.METHODS:
+      raise ValueError(
+        f"method {method!r} is not known; use one of {edit_lib.METHODS}."
+      )
+    call = self._prepare(labels_B, key, guidance, top_k, top_p, smooth)
+    schedule = self._schedule(None)
+    keep_hw = np.asarray(keep_hw)
+    if keep_hw.shape != schedule.grid or keep_hw.dtype != bool:
+      raise ValueError(
+        f"keep_hw is {keep_hw.dtype} {keep_hw.shape}, not bool "
+        f"{schedule.grid}; give the finest token grid."
+      )
+    tokens_BL = self.encode(images_BHW3)
+    if tokens_BL.shape[0] != call["labels_B"].shape[0]:
+      raise ValueError(
+        f"{call['labels_B'].shape[0]} labels do not match "
+        f"{tokens_BL.shape[0]} images; give one label an image."
+      )
+    given = edit_lib.given_tokens(tokens_BL, keep_hw, schedule)
+    return sampler.generate(**call, given=given)
+
+  def _schedule(self, scales: Sequence[Size] | None) -> ScaleSchedule:
+    if scales is None:
+      return self.config.tokenizer.schedule
+    return ScaleSchedule(tuple(scales))
+
+  def _prepare(self, labels_B, key, guidance, top_k, top_p, smooth):
+    """Check the arguments of a draw; return the sampler's."""
+    labels_B = self._check_labels(labels_B)
+    if not math.isfinite(guidance):
+      raise ValueError(f"guidance {guidance} is not finite; 0 turns it off.")
+    if top_k < 0 or top_k != int(top_k):
+      raise ValueError(f"top_k {top_k} is not a count; 0 turns it off.")
+    if not 0.0 <= top_p <= 1.0:
+      raise ValueError(f"top_p {top_p} is not in [0, 1]; 0 turns it off.")
+    keys_B = sampler.image_keys(key, labels_B.shape[0])
+    if keys_B.shape != labels_B.shape:
+      raise ValueError(
+        f"{keys_B.shape} keys do not match {labels_B.shape[0]} labels; give "
+        "one key, or one a label."
+      )
+    return dict(
+      models=self.models,
+      params=self.params,
+      labels_B=labels_B,
+      keys_B=keys_B,
+      options=Options(
+        jnp.float32(guidance), jnp.int32(top_k), jnp.float32(top_p)
+      ),
+      guided=guidance != 0,
+      smooth=smooth,
+    )
+
+  def _check_labels(self, labels_B) -> jax.Array:
+    cfg = self.config.transformer
+    if cfg is None:
+      raise ValueError(
+        "this checkpoint is a tokenizer alone; load a transformer's workdir."
+      )
+    labels_B = np.asarray(labels_B)
+    if labels_B.ndim != 1 or not np.issubdtype(labels_B.dtype, np.integer):
+      raise ValueError(
+        f"labels are {labels_B.dtype} {labels_B.shape}; give integers [B]."
+      )
+    if not labels_B.size:
+      raise ValueError("labels are empty; give at least one.")
+    outside = labels_B[(labels_B < -1) | (labels_B >= cfg.num_classes)]
+    if outside.size:
+      raise ValueError(
+        f"label {outside[0]} is outside 0..{cfg.num_classes - 1}; "
+        "use -1 for unconditional."
+      )
+    return jnp.asarray(labels_B, jnp.int32)
+
+
+def _check_images(images_BHW3, schedule, cfg) -> jax.Array:
+  images_BHW3 = jnp.asarray(images_BHW3)
+  if images_BHW3.ndim != 4 or images_BHW3.shape[-1] != 3:
+    raise ValueError(f"images are {images_BHW3.shape}; give [B, H, W, 3].")
+  if images_BHW3.dtype == jnp.uint8:
+    raise ValueError("images are uint8; give float32 in [-1, 1].")
+  wanted = tuple(n * cfg.downsampling for n in schedule.grid)
+  if images_BHW3.shape[1:3] != wanted:
+    raise ValueError(
+      f"images of {images_BHW3.shape[1:3]} pixels do not fit scales "
+      f"{schedule.sizes}, which need {wanted}; resize them."
+    )
+  return images_BHW3.astype(jnp.float32)
+
+
+def _check_tokens(tokens_BL, schedule, cfg) -> jax.Array:
+  tokens_BL = jnp.asarray(tokens_BL)
+  integer = jnp.issubdtype(tokens_BL.dtype, jnp.integer)
+  if not integer or tokens_BL.shape[1:] != (schedule.num_tokens,):
+    raise ValueError(
+      f"tokens are {tokens_BL.dtype} {tokens_BL.shape}; give integers "
+      f"[B, {schedule.num_tokens}]."
+    )
+  low, high = int(tokens_BL.min()), int(tokens_BL.max())
+  if low < 0 or high >= cfg.vocab_size:
+    raise ValueError(
+      f"token {low if low < 0 else high} is outside 0..{cfg.vocab_size - 1}; "
+      "use ids of this tokenizer."
+    )
+  return tokens_BL.astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(tokenizer, schedule, params, images_BHW3):
+  return tokenizer.apply(params, images_BHW3, schedule, method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(tokenizer, schedule, params, tokens_BL):
+  return tokenizer.apply(params, tokens_BL, schedule, method="decode")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(models, params, labels_B, tokens_BL):
+  inputs_BLZ = models.tokenizer.apply(
+    params.tokenizer, tokens_BL, method="inputs"
+  )
+  return models.var.apply(params.var, labels_B, inputs_BLZ)

@@ -1,0 +1,41 @@
+"""Files that are there whole or not at all: written aside, then renamed."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+  """Write a file; whoever looks sees the old content or all of the new."""
+  path = epath.Path(path)
+  aside = path.with_name(f".{path.name}.partial")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    aside.write_bytes(data)
+    aside.replace(path)
+  except BaseException:
+    aside.unlink(missing_ok=True)
+    raise
+
+
+def write_json(path: epath.PathLike, content: Any) -> None:
+  """Write `content` as indented JSON."""
+  write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: epath.PathLike) -> Any:
+  """Return the content of a JSON file.
+
+  Raises:
+    ValueError: it is missing or no JSON.
+  """
+  path = epath.Path(path)
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    raise ValueError(f"{path} does not exist; check the path.") from None
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is not valid JSON ({error}); restore it from a copy."
+    ) from None

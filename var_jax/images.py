@@ -1,0 +1,93 @@
+"""Pictures in and out: float32 [-1, 1] inside, uint8 in files."""
+
+import io
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from var_jax import files
+
+
+def to_uint8(images_BHW3: jax.Array) -> np.ndarray:
+  """Return uint8 from [-1, 1]: clipped, then rounded."""
+  pixels = (np.asarray(images_BHW3, np.float32) + 1.0) * 127.5
+  return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
+
+
+def to_float(pixels_BHW3: np.ndarray) -> np.ndarray:
+  """Return float32 in [-1, 1] from uint8."""
+  return np.asarray(pixels_BHW3, np.float32) / 127.5 - 1.0
+
+
+def grid(
+  rows: Sequence[Sequence[np.ndarray]],
+  labels: Sequence[str] = (),
+  gap: int = 2,
+) -> np.ndarray:
+  """Return one uint8 picture [H, W, 3] of rows of uint8 images.
+
+  Args:
+    labels: written at the left of each row.
+  """
+  from PIL import Image, ImageDraw
+
+  H = max(image.shape[0] for row in rows for image in row)
+  W = max(image.shape[1] for row in rows for image in row)
+  columns = max(len(row) for row in rows)
+  margin = 8 + 7 * max((len(label) for label in labels), default=-1)
+  left = margin if labels else gap
+  size = (left + columns * (W + gap), gap + len(rows) * (H + gap))
+  sheet = Image.new("RGB", size, (255, 255, 255))
+  for y, row in enumerate(rows):
+    for x, image in enumerate(row):
+      corner = (left + x * (W + gap), gap + y * (H + gap))
+      sheet.paste(Image.fromarray(image), corner)
+  for y, label in enumerate(labels):
+    middle = gap + y * (H + gap) + H // 2 - 6
+    ImageDraw.Draw(sheet).text((4, middle), label, fill=(0, 0, 0))
+  return np.asarray(sheet)
+
+
+def enlarge(image_HW3: np.ndarray, factor: int) -> np.ndarray:
+  """Return the image with each pixel repeated, to look at small ones."""
+  return image_HW3.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def read_image(path: epath.PathLike) -> np.ndarray:
+  """Return an image file as float32 [H, W, 3] in [-1, 1].
+
+  Raises:
+    ValueError: the file is missing or no image.
+  """
+  from PIL import Image
+
+  try:
+    with Image.open(io.BytesIO(epath.Path(path).read_bytes())) as image:
+      return to_float(np.asarray(image.convert("RGB")))
+  except OSError as error:
+    raise ValueError(
+      f"image {path} cannot be read ({error}); give a PNG or JPEG file."
+    ) from None
+
+
+def check_output(path: epath.PathLike) -> None:
+  """Raise ValueError unless `path` is named as a picture."""
+  suffix = pathlib.PurePath(path).suffix.lower()
+  if suffix not in (".png", ".jpg", ".jpeg", ".webp"):
+    raise ValueError(
+      f"output {path} is not named as a picture; end it in .png."
+    )
+
+
+def write_image(path: epath.PathLike, image_HW3: np.ndarray) -> None:
+  """Write a uint8 image; the format follows from the name."""
+  from PIL import Image
+
+  check_output(path)
+  format = {"jpg": "jpeg"}.get(suffix := str(path).rpartition(".")[-1], suffix)
+  buffer = io.BytesIO()
+  Image.fromarray(image_HW3).save(buffer, format=format.upper())
+  files.write_bytes(path, buffer.getvalue())

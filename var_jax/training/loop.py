@@ -1,0 +1,284 @@
+"""The training loop: resume, step, log, save. One loop for both models.
+
+Step k is a pure function of (config, seed, k): it takes sample positions
+kB .. kB+B-1, and every random choice follows from the seed and a position or
+a step. So a run that was interrupted ends where it would have ended.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from var_jax.checkpoints import store
+from var_jax.data import pipeline, sources, transforms
+from var_jax.models.layers import resolve_dtype
+from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.models.transformer import VAR, VARConfig
+from var_jax.training import optim, tokenizer_step, var_step
+from var_jax.training.report import Report
+from var_jax.training.state import TrainState
+
+# Settings that change neither the weights nor the order of the data.
+FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints")
+
+
+class Program(NamedTuple):
+  """What the loop needs to know of the thing it trains."""
+
+  description: store.Description
+  init: Callable[[], TrainState]
+  step: Callable[[TrainState, Mapping], tuple[TrainState, Mapping]]
+  prepare: Callable[[], None]  # writes what a new workdir needs
+
+
+def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+  """Train what `config` describes, from the newest checkpoint if there is one.
+
+  Args:
+    config: as `configs/var.py` or `configs/tokenizer.py` returns it.
+    workdir: created if missing; `checkpoints/store.py` shows its layout.
+
+  Raises:
+    ValueError: the config makes no sense, or differs from the workdir's.
+  """
+  workdir = epath.Path(workdir).absolute()
+  _check_config(config)
+  _check_workdir(config, workdir)
+  source = sources.open_source(config.data.source, "train")
+  if config.kind == "tokenizer":
+    program = tokenizer_program(config, source)
+  else:
+    program = var_program(config, source, workdir)
+  batches_from = functools.partial(_batches, config, program, source)
+  if not (workdir / "config.json").exists():
+    program.prepare()
+    program.description.write(workdir)
+  checkpoints = store.Store(workdir, config.keep_checkpoints)
+  try:
+    state = program.init()
+    start = checkpoints.latest_step() or 0
+    if start:
+      state, position = _restore(checkpoints, start, state)
+      assert position == start * config.data.batch_size
+    _run(config, workdir, program, checkpoints, state, start, batches_from)
+  finally:
+    checkpoints.close()
+
+
+def tokenizer_program(config, source) -> Program:
+  """Return the training of a tokenizer."""
+  cfg = _build(TokenizerConfig, config.model)
+  cfg = _with_dtype(cfg)
+  tokenizer = Tokenizer(cfg)
+  optimizer = _optimizer(config)
+  step = tokenizer_step.make_step(
+    tokenizer,
+    optimizer,
+    _build(tokenizer_step.TokenizerLossConfig, config.loss),
+    ema_decay=config.ema_decay,
+    seed=config.seed,
+  )
+
+  def init() -> TrainState:
+    params = tokenizer_step.init_params(tokenizer, jax.random.key(config.seed))
+    hits_SV = jnp.zeros((len(cfg.schedule), cfg.vocab_size))
+    return TrainState.create(
+      params, optimizer, use_ema=config.ema_decay > 0, code_hits_SV=hits_SV
+    )
+
+  description = store.Description(
+    cfg, None, source.class_names, config_to_json(config)
+  )
+  return Program(
+    description, init, jax.jit(step, donate_argnums=0), lambda: None
+  )
+
+
+def var_program(config, source, workdir: epath.Path) -> Program:
+  """Return the training of a transformer on a frozen tokenizer.
+
+  The tokenizer is read from config.tokenizer_path once and copied into the
+  workdir, which then stands alone.
+  """
+  copied = (workdir / "tokenizer").exists()
+  path = workdir / "tokenizer" if copied else config.tokenizer_path
+  if not path:
+    raise ValueError(
+      "tokenizer_path is empty; set config.tokenizer_path to the workdir of a "
+      "trained tokenizer."
+    )
+  described, tokenizer_params, _ = store.read_models(path)
+  tokenizer = Tokenizer(described.tokenizer)
+  cfg = _build(
+    VARConfig,
+    config.model,
+    num_classes=len(source.class_names),
+    vocab_size=tokenizer.cfg.vocab_size,
+    latent_channels=tokenizer.cfg.latent_channels,
+    scales=tokenizer.cfg.scales,
+  )
+  var = VAR(_with_dtype(cfg))
+  optimizer = _optimizer(config)
+  step = var_step.make_step(
+    var,
+    tokenizer,
+    optimizer,
+    _build(var_step.VARLossConfig, config.loss),
+    ema_decay=config.ema_decay,
+    seed=config.seed,
+  )
+  jitted = jax.jit(step, donate_argnums=0)
+
+  def init() -> TrainState:
+    params = var_step.init_params(var, jax.random.key(config.seed))
+    return TrainState.create(params, optimizer, use_ema=config.ema_decay > 0)
+
+  def prepare() -> None:
+    if not copied:
+      store.write_tokenizer(workdir, described, tokenizer_params)
+
+  description = store.Description(
+    tokenizer.cfg, var.cfg, source.class_names, config_to_json(config)
+  )
+  return Program(
+    description,
+    init,
+    lambda state, batch: jitted(state, tokenizer_params, batch),
+    prepare,
+  )
+
+
+def config_to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Return the config as what JSON gives back, tuples as lists."""
+  return json.loads(config.to_json())
+
+
+def _run(config, workdir, program, checkpoints, state, start, batches_from):
+  steps, batch_size = config.steps, config.data.batch_size
+  report = Report(workdir, start, steps, batch_size)
+  batches = batches_from(start)
+  pending = None
+  try:
+    for step in range(start + 1, steps + 1):
+      state, metrics = program.step(state, next(batches))
+      # The metrics of the step before: the device never waits for the host.
+      if pending:
+        report.write(*pending)
+      due = step % config.log_every == 0 or step == steps
+      pending = (step, metrics) if due else None
+      report.advance(step)
+      if step % config.checkpoint_every == 0 or step == steps:
+        checkpoints.save(step, _trees(state), position=step * batch_size)
+    if pending:
+      report.write(*pending)
+  finally:
+    report.close()
+    batches.close()
+
+
+def _batches(config, program, source, start: int) -> Iterator[Mapping]:
+  """Yield device batches from step `start` on, one ahead of their use."""
+  data, shape = config.data, program.description.tokenizer.image_shape
+  transform = transforms.make_transform(
+    data.transform, shape, train=True, flip=data.flip
+  )
+  batches = pipeline.training_batches(
+    source,
+    transform,
+    batch_size=data.batch_size,
+    seed=config.seed,
+    start_step=start,
+  )
+  try:
+    ahead = None
+    for batch in batches:
+      # Keys are folded with 32 bits; a run sees fewer than 2^32 samples.
+      batch["position"] = batch["position"].astype(np.uint32)
+      ahead, ready = jax.device_put(batch), ahead
+      if ready is not None:
+        yield ready
+  finally:
+    batches.close()
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+  training = {
+    "opt_state": state.opt_state,
+    "step": state.step,
+    "code_hits_SV": state.code_hits_SV,
+  }
+  return {"params": state.params, "ema": state.ema, "training": training}
+
+
+def _restore(checkpoints, step: int, like: TrainState):
+  trees, position = checkpoints.restore(step, _trees(like))
+  training = trees["training"]
+  state = like.replace(params=trees["params"], ema=trees["ema"], **training)
+  return state, position
+
+
+def _optimizer(config):
+  cfg = _build(optim.OptimizerConfig, config.optimizer)
+  return optim.make_optimizer(
+    cfg, steps=config.steps, batch_size=config.data.batch_size
+  )
+
+
+def _with_dtype(cfg):
+  return type(cfg)(**{**vars(cfg), "dtype": resolve_dtype(cfg.dtype)})
+
+
+def _build(cls, section: ml_collections.ConfigDict, **derived):
+  """Return the dataclass of a config section and what follows from others."""
+  try:
+    return cls(**section, **derived)
+  except TypeError as error:
+    raise ValueError(
+      f"{cls.__name__} cannot be built from the config ({error}); compare with "
+      "the presets in configs/."
+    ) from None
+
+
+def _check_config(config) -> None:
+  if config.kind not in ("tokenizer", "var"):
+    raise ValueError(f"kind {config.kind!r} is not known; use tokenizer or var.")
+  for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+    if config[name] < 1:
+      raise ValueError(f"{name} {config[name]} is below 1; use 1 or more.")
+  if not 0.0 <= config.ema_decay < 1.0:
+    raise ValueError(
+      f"ema_decay {config.ema_decay} is not in [0, 1); 0 turns it off."
+    )
+
+
+def _check_workdir(config, workdir: epath.Path) -> None:
+  """Raise ValueError if the workdir belongs to another config."""
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  there = _settings(store.Description.read(workdir).config)
+  here = _settings(config_to_json(config))
+  for name in sorted(there.keys() | here.keys()):
+    if name in FREE_KEYS or there.get(name) == here.get(name):
+      continue
+    raise ValueError(
+      f"workdir {workdir} holds another config: {name} is {there.get(name)!r} "
+      f"there and {here.get(name)!r} here; use a new --workdir."
+    )
+
+
+def _settings(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= _settings(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = value
+  return flat

@@ -1,0 +1,58 @@
+"""What a training run carries from step to step."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+  """A pytree; a checkpoint is this and the next sample position."""
+
+  step: jax.Array  # int32, steps taken
+  params: Any
+  opt_state: optax.OptState
+  ema: Any = None  # of params; None where it is off
+  code_hits_SV: jax.Array | None = None  # tokenizer only: draws of each code
+
+  @classmethod
+  def create(cls, params, optimizer, *, use_ema: bool, **fields):
+    return cls(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=optimizer.init(params),
+      ema=jax.tree.map(jnp.copy, params) if use_ema else None,
+      **fields,
+    )
+
+  def apply_gradients(self, grads, optimizer, ema_decay: float) -> "TrainState":
+    """Return the state after one optimiser step."""
+    updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
+    params = optax.apply_updates(self.params, updates)
+    ema = self.ema
+    if ema is not None:
+      # Early steps weigh more, so that the initial values are forgotten.
+      decay = jnp.minimum(ema_decay, (1.0 + self.step) / (10.0 + self.step))
+      ema = optax.incremental_update(params, ema, 1.0 - decay)
+    return self.replace(
+      step=self.step + 1, params=params, opt_state=opt_state, ema=ema
+    )
+
+
+def to_float_images(image_BHW3: jax.Array) -> jax.Array:
+  """Return float32 in [-1, 1] from uint8."""
+  return image_BHW3.astype(jnp.float32) / 127.5 - 1.0
+
+
+def sample_keys(seed: int, use: int, position_B: jax.Array) -> jax.Array:
+  """Return one key a sample, a function of (seed, use, position) alone."""
+  key = jax.random.fold_in(jax.random.key(seed), use)
+  return jax.vmap(lambda p: jax.random.fold_in(key, p))(position_B)
+
+
+def step_key(seed: int, use: int, step: jax.Array) -> jax.Array:
+  """Return the key of a step, a function of (seed, use, step) alone."""
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), use), step)

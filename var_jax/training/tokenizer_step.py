@@ -1,0 +1,139 @@
+"""One training step of the tokenizer: L2, commitment, living codes.
+
+    loss = |image - reconstruction|^2 + quantiser loss (paper eq. 5, without
+    the perceptual and adversarial terms)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from var_jax.models import quantizer
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.training.state import TrainState, step_key, to_float_images
+
+REVIVAL = 3  # what the key is for, see var_step
+HIT_DECAY = 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerLossConfig:
+  """Args:
+  quantizer_weight: of the quantiser loss.
+  revive_every: steps between looks for dead codes, the first one before the
+    first step; 0 never looks.
+  revive_below: share of an even use below which a code is dead.
+  """
+
+  quantizer_weight: float = 1.0
+  revive_every: int = 0
+  revive_below: float = 0.03
+
+
+def init_params(tokenizer: Tokenizer, key: jax.Array):
+  """Return fresh parameters."""
+  image_1HW3 = jnp.zeros((1, *tokenizer.cfg.image_shape, 3))
+  return jax.jit(tokenizer.init)(key, image_1HW3)
+
+
+def make_step(
+  tokenizer: Tokenizer,
+  optimizer: optax.GradientTransformation,
+  cfg: TokenizerLossConfig,
+  *,
+  ema_decay: float,
+  seed: int,
+):
+  """Return step(state, batch) -> (state, metrics)."""
+  scales, V = tokenizer.cfg.schedule, tokenizer.cfg.vocab_size
+
+  def step(state: TrainState, batch):
+    image_BHW3 = to_float_images(batch["image"])
+    if cfg.revive_every:
+      key = step_key(seed, REVIVAL, state.step)
+      state = jax.lax.cond(
+        state.step % cfg.revive_every == 0,
+        lambda state: _revive(tokenizer, cfg, state, image_BHW3, key),
+        lambda state: state,
+        state,
+      )
+
+    def loss_fn(params):
+      reconstruction_BHW3, quantized = tokenizer.apply(params, image_BHW3)
+      l2 = jnp.mean(jnp.square(reconstruction_BHW3 - image_BHW3))
+      loss = l2 + cfg.quantizer_weight * quantized.loss
+      return loss, (l2, quantized)
+
+    (loss, (l2, quantized)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      state.params
+    )
+    hits_SV = count_codes(quantized.tokens_BL, scales, V)
+    hits_SV = optax.incremental_update(
+      hits_SV, state.code_hits_SV, 1.0 - HIT_DECAY
+    )
+    state = state.apply_gradients(grads, optimizer, ema_decay)
+    area = image_BHW3.shape[0] * scales.grid[0] * scales.grid[1]
+    usage_S = code_usage(hits_SV, area)
+    metrics = {
+      "loss": loss,
+      "l2": l2,
+      "quantizer_loss": quantized.loss,
+      "psnr": 10.0 * jnp.log10(4.0 / l2),
+      "grad_norm": optax.global_norm(grads),
+      "code_usage": {str(s): usage_S[s] for s in range(len(scales))},
+    }
+    return state.replace(code_hits_SV=hits_SV), metrics
+
+  return step
+
+
+def count_codes(tokens_BL: jax.Array, scales, vocab_size: int) -> jax.Array:
+  """Return how often each scale drew each code, float32 [S, V]."""
+  counts = [
+    jnp.bincount(
+      tokens_BL[:, scales.start(s) : scales.end(s)].ravel(), length=vocab_size
+    )
+    for s in range(len(scales))
+  ]
+  return jnp.stack(counts).astype(jnp.float32)
+
+
+def code_usage(hits_SV: jax.Array, cells: int) -> jax.Array:
+  """Return the share of codes in use at each scale, percent [S].
+
+  VAR: a code counts from 8% of an even use of the finest scale on.
+
+  Args:
+    cells: latent cells of a batch, B h w.
+  """
+  enough = cells / hits_SV.shape[1] * 0.08
+  return 100.0 * jnp.mean(hits_SV >= enough, axis=1)
+
+
+def _revive(tokenizer, cfg, state, image_BHW3, key) -> TrainState:
+  """Move dead codes onto vectors that this batch asks the codebook for."""
+  params = state.params["params"]
+  f_BhwZ = tokenizer.apply(state.params, image_BHW3, method="to_latent")
+  _, f_hats = tokenizer.apply(state.params, f_BhwZ, method="quantize_latent")
+  wanted_BLZ = quantizer.wanted_vectors(f_BhwZ, f_hats, tokenizer.cfg.schedule)
+  wanted_MZ = wanted_BLZ.reshape(-1, wanted_BLZ.shape[-1])
+  pick_key, noise_key = jax.random.split(key)
+  codebook_VZ = params["codebook"]
+  picks_VZ = jax.random.choice(
+    pick_key, wanted_MZ, codebook_VZ.shape[:1], replace=True
+  )
+  # Two codes that land on one vector must be able to part.
+  spread_Z = 0.01 * jnp.std(wanted_MZ, axis=0)
+  picks_VZ += spread_Z * jax.random.normal(noise_key, picks_VZ.shape)
+  hits_V = jnp.sum(state.code_hits_SV, axis=0)
+  even = jnp.sum(hits_V) / hits_V.shape[0]
+  # Before the first step nothing was drawn yet: all codes start from data.
+  dead_V = (hits_V < cfg.revive_below * even) | (state.step == 0)
+  codebook_VZ = jnp.where(dead_V[:, None], picks_VZ, codebook_VZ)
+  revived = {**state.params, "params": {**params, "codebook": codebook_VZ}}
+  # Revived codes get an even share, or they would be dead next time too.
+  share = jnp.where(even > 0, even / len(tokenizer.cfg.scales), 0.0)
+  hits_SV = jnp.where(dead_V, share, state.code_hits_SV)
+  return state.replace(params=revived, code_hits_SV=hits_SV)
