@@ -24,6 +24,7 @@ class TokenizerConfig:
   channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)  # halved between levels
   encoder_blocks: int = 2  # a level
   decoder_blocks: int = 3
+  norm_groups: int = 32
   scales: tuple[Size, ...] = SCALES[256]
   num_phis: int = 4  # shared by the scales; 0: one phi a scale
   quant_resi: float = 0.5  # r of phi; 0: phi is the identity
@@ -38,10 +39,10 @@ class TokenizerConfig:
       raise ValueError(
         f"distance {self.distance!r} is not known; use one of {DISTANCES}."
       )
-    if self.channels % 32:
+    if self.channels % self.norm_groups:
       raise ValueError(
-        f"channels {self.channels} do not split into the 32 groups of "
-        "GroupNorm; use a multiple of 32."
+        f"channels {self.channels} do not split into {self.norm_groups} "
+        "groups for GroupNorm; use a multiple, or fewer norm_groups."
       )
     if self.num_phis < 0:
       raise ValueError(f"num_phis {self.num_phis} is negative; use 0 or more.")
@@ -80,7 +81,11 @@ class Tokenizer(nn.Module):
 
   def setup(self):
     cfg, Z = self.cfg, self.cfg.latent_channels
-    network = dict(channels=cfg.channels, channel_mults=cfg.channel_mults)
+    network = dict(
+      channels=cfg.channels,
+      channel_mults=cfg.channel_mults,
+      norm_groups=cfg.norm_groups,
+    )
     self.encoder = Encoder(
       blocks=cfg.encoder_blocks, latent_channels=Z, **network
     )

@@ -19,6 +19,7 @@ class ConvKit(nn.Module):
   """The convolution and the norm that all parts of the network share."""
 
   dtype: Any = jnp.float32
+  norm_groups: int = 32
 
   def conv(self, features: int, name: str, kernel: int = 3, **kwargs):
     kwargs.setdefault("padding", kernel // 2)
@@ -32,16 +33,21 @@ class ConvKit(nn.Module):
     )
 
   def norm(self, x_BhwZ: jax.Array, name: str) -> jax.Array:
-    """Normalise 32 groups of channels, float32 inside, `dtype` outside."""
+    """Normalise groups of channels, float32 inside, `dtype` outside."""
     # use_fast_variance=False: E[x^2] - E[x]^2 cancels in float32.
     norm = nn.GroupNorm(
-      num_groups=32,
+      num_groups=self.norm_groups,
       epsilon=1e-6,
       dtype=jnp.float32,
       use_fast_variance=False,
       name=name,
     )
     return norm(x_BhwZ).astype(self.dtype)
+
+  @property
+  def kit(self) -> dict[str, Any]:
+    """Return what parts hand on to their parts."""
+    return dict(dtype=self.dtype, norm_groups=self.norm_groups)
 
 
 class ResBlock(ConvKit):
@@ -84,14 +90,14 @@ class Encoder(ConvKit):
 
   @nn.compact
   def __call__(self, image_BHW3):
-    last = len(self.channel_mults) - 1
+    last, kit = len(self.channel_mults) - 1, self.kit
     x = self.conv(self.channels, "conv_in")(image_BHW3)
     for level, mult in enumerate(self.channel_mults):
       for block in range(self.blocks):
         name = f"down_{level}_block_{block}"
-        x = ResBlock(self.dtype, mult * self.channels, name=name)(x)
+        x = ResBlock(**kit, features=mult * self.channels, name=name)(x)
         if level == last:
-          x = AttnBlock(self.dtype, name=f"down_{level}_attn_{block}")(x)
+          x = AttnBlock(**kit, name=f"down_{level}_attn_{block}")(x)
       if level != last:
         # VAR: padded by one pixel at the right and the bottom only.
         downsample = self.conv(
@@ -101,7 +107,7 @@ class Encoder(ConvKit):
           padding=((0, 1), (0, 1)),
         )
         x = downsample(x)
-    x = _middle(x, self.dtype)
+    x = _middle(x, kit)
     x = nn.swish(self.norm(x, "norm_out"))
     return self.conv(self.latent_channels, "conv_out")(x)
 
@@ -115,15 +121,15 @@ class Decoder(ConvKit):
 
   @nn.compact
   def __call__(self, latent_BhwZ):
-    last = len(self.channel_mults) - 1
+    last, kit = len(self.channel_mults) - 1, self.kit
     x = self.conv(self.channel_mults[-1] * self.channels, "conv_in")(latent_BhwZ)
-    x = _middle(x, self.dtype)
+    x = _middle(x, kit)
     for level, mult in reversed(list(enumerate(self.channel_mults))):
       for block in range(self.blocks):
         name = f"up_{level}_block_{block}"
-        x = ResBlock(self.dtype, mult * self.channels, name=name)(x)
+        x = ResBlock(**kit, features=mult * self.channels, name=name)(x)
         if level == last:
-          x = AttnBlock(self.dtype, name=f"up_{level}_attn_{block}")(x)
+          x = AttnBlock(**kit, name=f"up_{level}_attn_{block}")(x)
       if level != 0:
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
         x = self.conv(x.shape[-1], f"up_{level}_upsample")(x)
@@ -131,8 +137,8 @@ class Decoder(ConvKit):
     return self.conv(3, "conv_out")(x).astype(jnp.float32)
 
 
-def _middle(x_BhwZ, dtype):
+def _middle(x_BhwZ, kit):
   features = x_BhwZ.shape[-1]
-  x_BhwZ = ResBlock(dtype, features, name="mid_block_1")(x_BhwZ)
-  x_BhwZ = AttnBlock(dtype, name="mid_attn_1")(x_BhwZ)
-  return ResBlock(dtype, features, name="mid_block_2")(x_BhwZ)
+  x_BhwZ = ResBlock(**kit, features=features, name="mid_block_1")(x_BhwZ)
+  x_BhwZ = AttnBlock(**kit, name="mid_attn_1")(x_BhwZ)
+  return ResBlock(**kit, features=features, name="mid_block_2")(x_BhwZ)

@@ -1,0 +1,46 @@
+"""Package of var_jax."""
+
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+INIT = (HERE / "var_jax" / "__init__.py").read_text()
+
+setuptools.setup(
+  name="var-jax",
+  version=re.search(r'__version__ = "(.+)"', INIT)[1],
+  description="Visual autoregressive modeling by next-scale prediction in JAX",
+  long_description=(HERE / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["var_jax", "var_jax.*"]),
+  package_data={"var_jax": ["py.typed"]},
+  entry_points={"console_scripts": ["var-jax = var_jax.cli:main"]},
+  install_requires=[
+    "absl-py",
+    "clu>=0.0.12",
+    "etils[epath]",
+    "flax>=0.12.4",
+    "grain>=0.2.12",
+    "jax>=0.10,<0.13",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.11.30",
+    "pillow>=10.1",
+    "rich",
+    "scikit-learn>=1.4",
+    "tensorflow-datasets>=4.9.8",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda13]"],
+    "torch": ["torch"],
+    "tensorboard": ["tensorboardX"],
+    "app": ["gradio"],
+    "dev": ["pytest>=8", "pytest-xdist", "ruff"],
+  },
+)
