@@ -9,11 +9,14 @@ import pathlib
 import pickle
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from var_jax.checkpoints import torch_format
-from var_jax.models.tokenizer import TokenizerConfig
-from var_jax.models.transformer import VARConfig
+from var_jax.generation.sampler import ModelParams, Models
+from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.models.transformer import VAR, VARConfig
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 
@@ -85,8 +88,22 @@ def tokenizer(share: int = 4, cosine: bool = False):
   return cfg, {"params": torch_format.from_official(tensors, entries)}
 
 
+@functools.cache
+def pair(variant: str) -> tuple[Models, ModelParams]:
+  """Return transformer A, B or C with the tokenizer it was recorded with."""
+  cfg, tokenizer_params = tokenizer()
+  models = Models(Tokenizer(cfg), VAR(VARIANTS[variant]))
+  params = ModelParams(tokenizer_params, var_params(variant))
+  return models, jax.tree.map(jnp.asarray, params)
+
+
 def nhwc(array: np.ndarray) -> np.ndarray:
   return np.moveaxis(array, -3, -1)
+
+
+def to_ours(image_B3HW: np.ndarray) -> np.ndarray:
+  """Return a sampled image, [0, 1] NCHW, as [-1, 1] NHWC."""
+  return nhwc(image_B3HW) * 2.0 - 1.0
 
 
 def assert_close(actual, expected, tolerance: float = 1e-4):

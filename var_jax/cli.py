@@ -88,9 +88,7 @@ def _parser() -> argparse.ArgumentParser:
   edit.add_argument(
     "--box", type=_box, required=True, help="y0,x0,y1,x1 as fractions"
   )
-  edit.add_argument(
-    "--mode", choices=("inpaint", "outpaint"), required=True
-  )
+  edit.add_argument("--mode", choices=("inpaint", "outpaint"), required=True)
   edit.add_argument("--label", type=int, default=-1, help="%(default)s")
   edit.add_argument("--method", default="official", help="%(default)s")
   edit.add_argument("--output", required=True, help="a .png file")

@@ -37,7 +37,9 @@ def random_params(key, V=300, Z=6, P=2):
 
 @pytest.mark.parametrize("chunk", [512, 128, 7])
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-def test_nearest_code_equals_all_distances_at_once(monkeypatch, chunk, distance):
+def test_nearest_code_equals_all_distances_at_once(
+  monkeypatch, chunk, distance
+):
   monkeypatch.setattr(quantizer, "CODE_CHUNK", chunk)
   x_BTZ = np.asarray(jax.random.normal(jax.random.key(0), (3, 20, 6)), "f8")
   codebook_VZ = np.asarray(jax.random.normal(jax.random.key(1), (300, 6)), "f8")
@@ -73,7 +75,9 @@ def test_quantize_equals_the_residual_loop():
   scales = ScaleSchedule((1, 2, (2, 3), (4, 6)))
   params = random_params(jax.random.key(0))
   f_BhwZ = jax.random.normal(jax.random.key(1), (2, 4, 6, 6))
-  tokens_BL, f_hats = quantizer.quantize(f_BhwZ, params, scales, 0.5, "euclidean")
+  tokens_BL, f_hats = quantizer.quantize(
+    f_BhwZ, params, scales, 0.5, "euclidean"
+  )
 
   rest_BhwZ = np.asarray(f_BhwZ)
   for s, (i, j) in enumerate(scales.shapes):
@@ -86,16 +90,16 @@ def test_quantize_equals_the_residual_loop():
       params.codebook_VZ[ids], params, s, scales, 0.5
     )
     rest_BhwZ = rest_BhwZ - np.asarray(added)
-    np.testing.assert_allclose(
-      rest_BhwZ + f_hats[s], f_BhwZ, rtol=0, atol=2e-5
-    )
+    np.testing.assert_allclose(rest_BhwZ + f_hats[s], f_BhwZ, rtol=0, atol=2e-5)
 
 
 def test_accumulate_rebuilds_f_hat_from_tokens_alone():
   scales = ScaleSchedule((1, 2, 4))
   params = random_params(jax.random.key(2))
   f_BhwZ = jax.random.normal(jax.random.key(3), (2, 4, 4, 6))
-  tokens_BL, f_hats = quantizer.quantize(f_BhwZ, params, scales, 0.5, "euclidean")
+  tokens_BL, f_hats = quantizer.quantize(
+    f_BhwZ, params, scales, 0.5, "euclidean"
+  )
   for ours, expected in zip(
     quantizer.accumulate(tokens_BL, params, scales, 0.5), f_hats, strict=True
   ):
@@ -106,7 +110,9 @@ def test_wanted_vectors_are_what_the_tokens_were_chosen_for():
   scales = ScaleSchedule((1, 2, 4))
   params = random_params(jax.random.key(4))
   f_BhwZ = jax.random.normal(jax.random.key(5), (2, 4, 4, 6))
-  tokens_BL, f_hats = quantizer.quantize(f_BhwZ, params, scales, 0.5, "euclidean")
+  tokens_BL, f_hats = quantizer.quantize(
+    f_BhwZ, params, scales, 0.5, "euclidean"
+  )
   wanted_BLZ = quantizer.wanted_vectors(f_BhwZ, f_hats, scales)
   chosen = quantizer.nearest_code(wanted_BLZ, params.codebook_VZ, "euclidean")
   np.testing.assert_array_equal(chosen, tokens_BL)
@@ -118,8 +124,10 @@ def test_ten_scales_equal_the_recorded_run(share):
   scales = ScaleSchedule(SCALES[256])
   tensors = golden_files.state_dict("vae_tiny.pth.xz")
   phi = tensors if share == 4 else recorded
-  stem = "quantize.quant_resi.qresi_ls." if share else (
-    "share0_w.quantize.quant_resi."
+  stem = (
+    "quantize.quant_resi.qresi_ls."
+    if share
+    else ("share0_w.quantize.quant_resi.")
   )
   P = share or 10
   kernels = [phi[f"{stem}{p}.weight"].transpose(2, 3, 1, 0) for p in range(P)]
@@ -129,11 +137,15 @@ def test_ten_scales_equal_the_recorded_run(share):
     jnp.stack([phi[f"{stem}{p}.bias"] for p in range(P)]),
   )
   f_BhwZ = golden_files.nhwc(recorded[f"share{share}_f"])
-  tokens_BL, f_hats = quantizer.quantize(f_BhwZ, params, scales, 0.5, "euclidean")
+  tokens_BL, f_hats = quantizer.quantize(
+    f_BhwZ, params, scales, 0.5, "euclidean"
+  )
   np.testing.assert_array_equal(tokens_BL, recorded[f"share{share}_ids"])
   for ours, f_hat in zip(f_hats, recorded[f"share{share}_fhat"], strict=True):
     golden_files.assert_close(ours, golden_files.nhwc(f_hat))
-  inputs = [quantizer.next_input(f_hats[s - 1], s, scales) for s in range(1, 10)]
+  inputs = [
+    quantizer.next_input(f_hats[s - 1], s, scales) for s in range(1, 10)
+  ]
   golden_files.assert_close(
     np.concatenate(inputs, axis=1), recorded[f"share{share}_var_input"]
   )

@@ -1,9 +1,9 @@
 """Checkpoints on disk: what a workdir holds, saved and restored by Orbax.
 
-    workdir/
-      config.json          format_version, kind, architectures, class names
-      checkpoints/STEP/    params, ema, training (the rest), data
-      tokenizer/           of a transformer: its frozen tokenizer, likewise
+workdir/
+  config.json          format_version, kind, architectures, class names
+  checkpoints/STEP/    params, ema, training (the rest), data
+  tokenizer/           of a transformer: its frozen tokenizer, likewise
 """
 
 import contextlib
@@ -181,7 +181,9 @@ def _read_newest(folder, abstract, weights, sharding):
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   abstract = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
     abstract,
   )
   path = folder / "checkpoints" / str(step)

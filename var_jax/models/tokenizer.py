@@ -158,7 +158,11 @@ class Tokenizer(nn.Module):
     """Return tokens [B, L] and f_hat after each scale."""
     cfg = self.cfg
     return quantizer.quantize(
-      f_BhwZ, self.quantize, scales or cfg.schedule, cfg.quant_resi, cfg.distance
+      f_BhwZ,
+      self.quantize,
+      scales or cfg.schedule,
+      cfg.quant_resi,
+      cfg.distance,
     )
 
   def accumulate(

@@ -114,7 +114,9 @@ class Attention(nn.Module):
     """Return ([B, l, D], (k_BlD, v_BlD)); `past` holds coarser scales' k, v."""
     cfg = self.cfg
     B, l, D = x_BlD.shape
-    qkv_BlE = _dense(cfg, 3 * D, _normal(cfg.init_std), "mat_qkv", use_bias=False)(x_BlD)
+    qkv_BlE = _dense(
+      cfg, 3 * D, _normal(cfg.init_std), "mat_qkv", use_bias=False
+    )(x_BlD)
     q_BlD, k_BlD, v_BlD = jnp.split(qkv_BlE, 3, axis=-1)
     # VAR: q and v have a bias, k has none.
     q_bias_D = self.param("q_bias", nn.initializers.zeros, (D,))
@@ -147,7 +149,9 @@ class Attention(nn.Module):
       k_BTD = jnp.concatenate([past[0], k_BlD], axis=1)
       v_BTD = jnp.concatenate([past[1], v_BlD], axis=1)
     out_BlNK = self.attend(q_BlNK, split(k_BTD), split(v_BTD), mask_ll)
-    out_BlD = _dense(cfg, D, _normal(cfg.residual_std), "proj")(out_BlNK.reshape(B, l, D))
+    out_BlD = _dense(cfg, D, _normal(cfg.residual_std), "proj")(
+      out_BlNK.reshape(B, l, D)
+    )
     return out_BlD, (k_BlD, v_BlD)
 
 
@@ -179,11 +183,15 @@ class Block(nn.Module):
     )
     keys = [None, None] if noise is None else jax.random.split(noise.key)
 
-    h_BlD = layers.modulate(layers.layer_norm(x_BlD, cfg.norm_eps), scale1, shift1)
+    h_BlD = layers.modulate(
+      layers.layer_norm(x_BlD, cfg.norm_eps), scale1, shift1
+    )
     h_BlD, kv = Attention(cfg, self.attend, name="attn")(h_BlD, past)
     x_BlD = x_BlD + self.branch(h_BlD * gamma1, noise, keys[0])
 
-    h_BlD = layers.modulate(layers.layer_norm(x_BlD, cfg.norm_eps), scale2, shift2)
+    h_BlD = layers.modulate(
+      layers.layer_norm(x_BlD, cfg.norm_eps), scale2, shift2
+    )
     h_BlD = FeedForward(cfg, name="ffn")(h_BlD)
     x_BlD = x_BlD + self.branch(h_BlD * gamma2, noise, keys[1])
 
@@ -299,7 +307,10 @@ class VAR(nn.Module):
     past = tuple(c_RBLD[:, :, :start] for c_RBLD in cache)
     x_BlD, kv = self.run_blocks(x_BlD, modulation, past, None)
     cache = KVCache(
-      *(c.at[:, :, start : start + new.shape[2]].set(new) for c, new in zip(cache, kv))
+      *(
+        c.at[:, :, start : start + new.shape[2]].set(new)
+        for c, new in zip(cache, kv)
+      )
     )
     return self.to_logits(x_BlD, modulation), cache
 
@@ -358,12 +369,16 @@ def _normal(std: float):
 def _shared_shift_init(gains: tuple[float, ...]):
   def init(key, shape, dtype=jnp.float32):
     gains_61 = jnp.asarray(gains, dtype)[:, None]
-    return jax.random.normal(key, shape, dtype) / math.sqrt(shape[-1]) * gains_61
+    return (
+      jax.random.normal(key, shape, dtype) / math.sqrt(shape[-1]) * gains_61
+    )
 
   return init
 
 
-def _dense(cfg: VARConfig, features: int, kernel_init, name: str, use_bias=True):
+def _dense(
+  cfg: VARConfig, features: int, kernel_init, name: str, use_bias=True
+):
   """Return a projection that multiplies in cfg.dtype."""
   return nn.Dense(
     features,

@@ -122,7 +122,9 @@ class Decoder(ConvKit):
   @nn.compact
   def __call__(self, latent_BhwZ):
     last, kit = len(self.channel_mults) - 1, self.kit
-    x = self.conv(self.channel_mults[-1] * self.channels, "conv_in")(latent_BhwZ)
+    x = self.conv(self.channel_mults[-1] * self.channels, "conv_in")(
+      latent_BhwZ
+    )
     x = _middle(x, kit)
     for level, mult in reversed(list(enumerate(self.channel_mults))):
       for block in range(self.blocks):

@@ -248,7 +248,9 @@ def _build(cls, section: ml_collections.ConfigDict, **derived):
 
 def _check_config(config) -> None:
   if config.kind not in ("tokenizer", "var"):
-    raise ValueError(f"kind {config.kind!r} is not known; use tokenizer or var.")
+    raise ValueError(
+      f"kind {config.kind!r} is not known; use tokenizer or var."
+    )
   for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
     if config[name] < 1:
       raise ValueError(f"{name} {config[name]} is below 1; use 1 or more.")

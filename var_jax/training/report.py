@@ -61,9 +61,7 @@ class Report:
     self._since = (now, step)
     values["images_per_second"] = self._batch_size / max(seconds, 1e-9)
     # JSON has no NaN; a reader must still see that the loss was one.
-    record = {
-      k: v if math.isfinite(v) else str(v) for k, v in values.items()
-    }
+    record = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
     with self._path.open("a") as file:
       file.write(json.dumps({"step": step, **record}) + "\n")
     numbers = f"loss {values['loss']:.4f}"

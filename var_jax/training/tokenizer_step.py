@@ -1,7 +1,7 @@
 """One training step of the tokenizer: L2, commitment, living codes.
 
-    loss = |image - reconstruction|^2 + quantiser loss (paper eq. 5, without
-    the perceptual and adversarial terms)
+loss = |image - reconstruction|^2 + quantiser loss (paper eq. 5, without
+the perceptual and adversarial terms)
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """One training step of the transformer: frozen tokenizer, cross-entropy.
 
-    images -encode-> tokens_BL -accumulate-> inputs_BLZ
-    labels, inputs -VAR-> logits_BLV, compared with tokens_BL
+images -encode-> tokens_BL -accumulate-> inputs_BLZ
+labels, inputs -VAR-> logits_BLV, compared with tokens_BL
 """
 
 import dataclasses
