@@ -37,7 +37,7 @@ def _batches(count, size=10, transform=_keep, **options):
 
 def _assert_equal(left, right):
   assert len(left) == len(right)
-  for a, b in zip(left, right):
+  for a, b in zip(left, right, strict=True):
     assert a.keys() == b.keys()
     for key in a:
       assert a[key].dtype == b[key].dtype

@@ -58,7 +58,7 @@ def test_the_digits_are_split_once_and_by_class():
   # No two digits are equal even at 8x8, so equal bytes would be one sample.
   assert len(np.unique(whole.data, axis=0)) == len(set(images)) == 1797
   counts = np.bincount(whole.target)
-  for source, share in zip(splits, (0.7, 0.3)):
+  for source, share in zip(splits, (0.7, 0.3), strict=True):
     labels = [sample["label"] for sample in list(source)]
     assert np.abs(np.bincount(labels) - share * counts).max() <= 1
 

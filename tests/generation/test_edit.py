@@ -30,7 +30,9 @@ def test_masks_equal_the_recorded_ones(name, box):
   scales = ScaleSchedule(LISTS[name])
   keep_hw = edit.box_mask(BOXES[box][0], scales.grid, BOXES[box][1])
   np.testing.assert_array_equal(keep_hw, recorded[f"{name}_box{box}_full"])
-  for n, mask_l in zip(scales.sizes, edit.scale_masks(keep_hw, scales)):
+  for n, mask_l in zip(
+    scales.sizes, edit.scale_masks(keep_hw, scales), strict=True
+  ):
     expected = recorded[f"{name}_box{box}_pn{n}"]
     np.testing.assert_array_equal(mask_l.reshape(n, n), expected)
 

@@ -63,7 +63,10 @@ def test_of_two_equal_codes_the_first_is_taken(monkeypatch):
 
 def test_the_search_never_holds_batch_tokens_codes():
   B, T, V, Z = 4, 64, 2048, 8
-  search = lambda x, c: quantizer.nearest_code(x, c, "euclidean")
+
+  def search(x_BTZ, codebook_VZ):
+    return quantizer.nearest_code(x_BTZ, codebook_VZ, "euclidean")
+
   lowered = jax.jit(search).lower(jnp.zeros((B, T, Z)), jnp.zeros((V, Z)))
   temporaries = lowered.compile().memory_analysis().temp_size_in_bytes
   assert quantizer.CODE_CHUNK < V

@@ -165,7 +165,7 @@ def read_models(
 def write_tokenizer(
   workdir: epath.PathLike, description: Description, variables: Any
 ) -> None:
-  """Put a frozen tokenizer into a transformer's workdir, whole or not at all."""
+  """Put a frozen tokenizer into a transformer's workdir, or nothing."""
   folder = epath.Path(workdir).absolute() / "tokenizer"
   aside = folder.with_name(".tokenizer.partial")
   aside.rmtree(missing_ok=True)
@@ -215,8 +215,8 @@ def _readable(path: epath.Path):
   except Exception as error:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     raise ValueError(
-      f"checkpoint {path} cannot be read ({reason[0][:200]}); delete it to fall "
-      "back to an older step, or restore it from a copy."
+      f"checkpoint {path} cannot be read ({reason[0][:200]}); delete it to "
+      "fall back to an older step, or restore it from a copy."
     ) from error
 
 

@@ -54,7 +54,9 @@ def center_crop(
   """Cut `shape` out of the middle of the image at `resize` times that size."""
   image = _cover(image, shape, resize)
   # round() goes to even, as in the torchvision that VAR was evaluated with.
-  y, x = (round((n - m) / 2) for n, m in zip(image.shape, shape))
+  y, x = (
+    round((n - m) / 2) for n, m in zip(image.shape[:2], shape, strict=True)
+  )
   return image[y : y + shape[0], x : x + shape[1]]
 
 

@@ -6,6 +6,7 @@ belong to which scale, and nothing else. NumPy only.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class ScaleSchedule:
     if not sizes:
       raise ValueError("scale list () is empty; give at least one size.")
     shapes = self.shapes
-    for previous, current in zip(shapes, shapes[1:]):
+    for previous, current in itertools.pairwise(shapes):
       if current[0] < previous[0] or current[1] < previous[1]:
         raise ValueError(
           f"scale list {sizes} decreases from {previous} to {current}; "

@@ -5,9 +5,8 @@ kB .. kB+B-1, and every random choice follows from the seed and a position or
 a step. So a run that was interrupted ends where it would have ended.
 """
 
-import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,18 +55,32 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     program = tokenizer_program(config, source)
   else:
     program = var_program(config, source, workdir)
-  batches_from = functools.partial(_batches, config, program, source)
+  transform = transforms.make_transform(
+    config.data.transform,
+    program.description.tokenizer.image_shape,
+    train=True,
+    flip=config.data.flip,
+  )
   if not (workdir / "config.json").exists():
     program.prepare()
     program.description.write(workdir)
   checkpoints = store.Store(workdir, config.keep_checkpoints)
   try:
-    state = program.init()
     start = checkpoints.latest_step() or 0
+    if start >= config.steps:
+      return
+    state = program.init()
     if start:
       state, position = _restore(checkpoints, start, state)
       assert position == start * config.data.batch_size
-    _run(config, workdir, program, checkpoints, state, start, batches_from)
+    batches = pipeline.training_batches(
+      source,
+      transform,
+      batch_size=config.data.batch_size,
+      seed=config.seed,
+      start_step=start,
+    )
+    _run(config, workdir, program, checkpoints, state, start, batches)
   finally:
     checkpoints.close()
 
@@ -160,52 +173,41 @@ def config_to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return json.loads(config.to_json())
 
 
-def _run(config, workdir, program, checkpoints, state, start, batches_from):
+def _run(config, workdir, program, checkpoints, state, start, batches):
+  """Take the steps start + 1 .. config.steps."""
   steps, batch_size = config.steps, config.data.batch_size
   report = Report(workdir, start, steps, batch_size)
-  batches = batches_from(start)
   pending = None
   try:
+    ahead = _to_device(next(batches))
     for step in range(start + 1, steps + 1):
-      state, metrics = program.step(state, next(batches))
-      # The metrics of the step before: the device never waits for the host.
+      state, metrics = program.step(state, ahead)
+      # While the device works: the next batch, and the metrics of the step
+      # before. It never waits for the host.
+      if step < steps:
+        ahead = _to_device(next(batches))
       if pending:
         report.write(*pending)
-      due = step % config.log_every == 0 or step == steps
-      pending = (step, metrics) if due else None
+      last = step == steps
+      pending = (
+        (step, metrics) if step % config.log_every == 0 or last else None
+      )
       report.advance(step)
-      if step % config.checkpoint_every == 0 or step == steps:
+      if step % config.checkpoint_every == 0 or last:
+        # Logged first: a run that resumes here will not log this step again.
+        if pending:
+          report.write(*pending)
+          pending = None
         checkpoints.save(step, _trees(state), position=step * batch_size)
-    if pending:
-      report.write(*pending)
   finally:
     report.close()
     batches.close()
 
 
-def _batches(config, program, source, start: int) -> Iterator[Mapping]:
-  """Yield device batches from step `start` on, one ahead of their use."""
-  data, shape = config.data, program.description.tokenizer.image_shape
-  transform = transforms.make_transform(
-    data.transform, shape, train=True, flip=data.flip
-  )
-  batches = pipeline.training_batches(
-    source,
-    transform,
-    batch_size=data.batch_size,
-    seed=config.seed,
-    start_step=start,
-  )
-  try:
-    ahead = None
-    for batch in batches:
-      # Keys are folded with 32 bits; a run sees fewer than 2^32 samples.
-      batch["position"] = batch["position"].astype(np.uint32)
-      ahead, ready = jax.device_put(batch), ahead
-      if ready is not None:
-        yield ready
-  finally:
-    batches.close()
+def _to_device(batch: Mapping[str, np.ndarray]):
+  # Keys are folded with 32 bits; a run sees fewer than 2^32 samples.
+  position_B = batch["position"].astype(np.uint32)
+  return jax.device_put({**batch, "position": position_B})
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def make_step(
       "l2": l2,
       "quantizer_loss": quantized.loss,
       "psnr": 10.0 * jnp.log10(4.0 / l2),
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
       "code_usage": {str(s): usage_S[s] for s in range(len(scales))},
     }
     return state.replace(code_hits_SV=hits_SV), metrics

@@ -77,7 +77,7 @@ def make_step(
     metrics = {
       "loss": loss,
       **losses.token_metrics(logits_BLV, tokens_BL, var.cfg.schedule),
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
     }
     return state.apply_gradients(grads, optimizer, ema_decay), metrics
 
