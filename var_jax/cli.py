@@ -115,9 +115,6 @@ def _add_drawing(parser) -> None:
   parser.add_argument(
     "--smooth", action="store_true", help="mix codes instead of drawing them"
   )
-  parser.add_argument(
-    "--weights", choices=("ema", "raw"), default="ema", help="%(default)s"
-  )
 
 
 def _demo(args) -> None:
@@ -139,15 +136,16 @@ def _sample(args) -> None:
   from var_jax import api, images
 
   images.check_output(args.output)
-  model = api.load(args.checkpoint, weights=args.weights)
+  model = api.load(args.checkpoint)
   labels = np.repeat(args.labels, args.count)
-  stream = model.stream(labels, jax.random.key(args.seed), **_drawing(args))
-  stages = [images.to_uint8(preview.preview_BHW3) for preview in stream]
+  draw = (labels, jax.random.key(args.seed))
   if args.show_scales:
-    rows = [list(image) for image in np.stack(stages, axis=1)]
+    previews = [p.preview_BHW3 for p in model.stream(*draw, **_drawing(args))]
+    rows = images.to_uint8(np.stack(previews, axis=1))
     names = [str(label) for label in labels]
   else:
-    rows = stages[-1].reshape(-1, args.count, *stages[-1].shape[1:])
+    pixels = images.to_uint8(model.sample(*draw, **_drawing(args)).images_BHW3)
+    rows = pixels.reshape(-1, args.count, *pixels.shape[1:])
     names = [str(label) for label in args.labels]
   images.write_image(args.output, images.grid(rows, names))
   print(f"wrote {len(labels)} images to {args.output}")
@@ -161,7 +159,7 @@ def _edit(args) -> None:
   from var_jax.generation.edit import box_mask
 
   images.check_output(args.output)
-  model = api.load(args.checkpoint, weights=args.weights)
+  model = api.load(args.checkpoint)
   image = images.read_image(args.image)
   keep_hw = box_mask(args.box, model.config.tokenizer.schedule.grid, args.mode)
   sample = model.edit(

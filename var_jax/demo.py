@@ -171,13 +171,13 @@ def _features(pixels_BHW3: np.ndarray) -> np.ndarray:
 
 def _distances(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
   """Return Euclidean distances between grey images."""
-  from sklearn.metrics import pairwise_distances
+  from scipy.spatial.distance import cdist
 
   a, b = (
     x.astype(np.float32).mean(axis=-1).reshape(len(x), -1)
     for x in (a_BHW3, b_BHW3)
   )
-  return pairwise_distances(a, b)
+  return cdist(a, b)
 
 
 def _print_metrics(metrics: dict[str, Any]) -> list[str]:

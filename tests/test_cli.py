@@ -1,0 +1,220 @@
+"""The commands, as somebody's script calls them."""
+
+import pathlib
+
+import golden_files
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from var_jax import cli, images
+from var_jax.checkpoints import store
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """The recorded pair A as a workdir."""
+  folder = tmp_path_factory.mktemp("workdir")
+  models, params = golden_files.pair("A")
+  description = store.Description(models.tokenizer.cfg, models.var.cfg)
+  alone = store.Description(models.tokenizer.cfg)
+  store.write_tokenizer(folder, alone, params.tokenizer)
+  checkpoints = store.Store(folder, keep=1)
+  checkpoints.save(7, {"params": params.var}, position=0)
+  checkpoints.close()
+  description.write(folder)
+  return folder
+
+
+def run(*arguments):
+  return cli.main([str(argument) for argument in arguments])
+
+
+def picture(path):
+  with Image.open(path) as image:
+    return np.asarray(image)
+
+
+def assert_one_line(capsys, *parts):
+  out, err = capsys.readouterr()
+  assert out == ""
+  assert err.count("\n") == 1 and err.startswith("var-jax: ")
+  for part in parts:
+    assert part in err
+
+
+def test_sample_writes_a_row_per_label(workdir, tmp_path):
+  output = tmp_path / "out.png"
+  code = run(
+    "sample", "--checkpoint", workdir, "--labels=3,-1", "--count", 2,
+    "--seed", 5, "--guidance", 2, "--top-k", 50, "--top-p", 0.9,
+    "--output", output,
+  )  # fmt: skip
+  assert code == 0
+  models, params = golden_files.pair("A")
+  import var_jax
+
+  sample = var_jax.Model(models, params).sample(
+    [3, 3, -1, -1], jax.random.key(5), guidance=2.0, top_k=50, top_p=0.9
+  )
+  pixels = images.to_uint8(sample.images_BHW3).reshape(2, 2, 64, 64, 3)
+  expected = images.grid([list(row) for row in pixels], ["3", "-1"])
+  np.testing.assert_array_equal(picture(output), expected)
+
+
+def test_sample_shows_every_scale_and_smooth_is_another_picture(
+  workdir, tmp_path
+):
+  names = {"sharp": [], "smooth": ["--smooth"]}
+  pictures = {}
+  for name, flags in names.items():
+    output = tmp_path / f"{name}.png"
+    code = run(
+      "sample", "--checkpoint", workdir, "--labels", 3, "--count", 1,
+      "--show-scales", "--output", output, *flags,
+    )  # fmt: skip
+    assert code == 0
+    pictures[name] = picture(output)
+  assert pictures["sharp"].shape[1] > 4 * 64
+  assert np.any(pictures["sharp"] != pictures["smooth"])
+
+
+@pytest.mark.parametrize("mode", ["inpaint", "outpaint"])
+def test_edit_writes_an_image(workdir, tmp_path, mode):
+  image = golden_files.arrays("vae_share4_znorm0.npz")["img_u8"][0]
+  Image.fromarray(golden_files.nhwc(image)).save(tmp_path / "in.png")
+  code = run(
+    "edit", "--checkpoint", workdir, "--image", tmp_path / "in.png",
+    "--box", "0.1,0.1,0.8,0.8", "--mode", mode, "--label", 3,
+    "--output", tmp_path / "out.png",
+  )  # fmt: skip
+  assert code == 0
+  assert picture(tmp_path / "out.png").shape == (64, 64, 3)
+
+
+SAMPLE = {"--labels": "3", "--count": "1", "--output": "out.png"}
+
+
+@pytest.mark.parametrize(
+  "change, code, parts",
+  [
+    ({"--labels": "10"}, 1, ["label 10", "0..9", "-1"]),
+    ({"--labels": "cat"}, 2, ["'cat'", "3,7"]),
+    ({"--count": "0"}, 2, ["'0'", "1 or more"]),
+    ({"--guidance": "nan"}, 1, ["guidance nan", "finite"]),
+    ({"--top-k": "-1"}, 1, ["top_k -1"]),
+    ({"--top-k": "x"}, 2, ["--top-k", "'x'"]),
+    ({"--top-p": "2"}, 1, ["top_p 2.0"]),
+    ({"--output": "out.pdf"}, 1, ["out.pdf", ".png"]),
+    ({"--checkpoint": "/nothing"}, 1, ["/nothing/config.json"]),
+    ({"--wat": "1"}, 2, ["--wat"]),
+  ],
+)
+def test_bad_samples_are_one_line_and_leave_nothing(
+  workdir, tmp_path, monkeypatch, capsys, change, code, parts
+):
+  monkeypatch.chdir(tmp_path)
+  flags = {"--checkpoint": str(workdir)} | SAMPLE | change
+  assert run("sample", *(f"{k}={v}" for k, v in flags.items())) == code
+  assert_one_line(capsys, *parts)
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  "change, code, parts",
+  [
+    ({"--image": "missing.png"}, 1, ["missing.png", "cannot be read"]),
+    ({"--image": "text.png"}, 1, ["text.png", "PNG or JPEG"]),
+    ({"--image": "small.png"}, 1, ["(32, 32)", "(64, 64)"]),
+    ({"--box": "0.8,0.1,0.1,0.8"}, 1, ["box", "fractions"]),
+    ({"--box": "1,2"}, 2, ["'1,2'", "y0,x0,y1,x1"]),
+    ({"--mode": "over"}, 2, ["'over'", "outpaint"]),
+    ({"--method": "x"}, 1, ["method 'x'", "official"]),
+    ({"--label": "11"}, 1, ["label 11"]),
+  ],
+)
+def test_bad_edits_are_one_line_and_leave_nothing(
+  workdir, tmp_path, monkeypatch, capsys, change, code, parts
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "text.png").write_text("no image")
+  for name, side in (("small.png", 32), ("in.png", 64)):
+    Image.new("RGB", (side, side)).save(tmp_path / name)
+  before = sorted(tmp_path.iterdir())
+  flags = {
+    "--checkpoint": str(workdir),
+    "--image": "in.png",
+    "--box": "0.1,0.1,0.8,0.8",
+    "--mode": "inpaint",
+    "--output": "out.png",
+  } | change
+  assert run("edit", *(f"{k}={v}" for k, v in flags.items())) == code
+  assert_one_line(capsys, *parts)
+  assert sorted(tmp_path.iterdir()) == before
+
+
+VAR = f"{ROOT}/configs/var.py"
+
+
+@pytest.mark.parametrize(
+  "config, overrides, code, parts",
+  [
+    (f"{VAR}:d99", [], 2, ["preset 'd99'", "d16"]),
+    (f"{VAR}:d16", ["--config.model.dept=3"], 2, ["model.dept", "model.depth"]),
+    (f"{VAR}:d16", ["--config.steps=many"], 2, ["config.steps=many"]),
+    ("nothing.py", [], 2, ["nothing.py", "configs/var.py:d16"]),
+    (f"{VAR}:tiny", [], 1, ["tokenizer_path is empty"]),
+    (f"{VAR}:tiny", ["--config.steps=0"], 1, ["steps 0"]),
+  ],
+)
+def test_bad_configs_are_one_line_and_leave_nothing(
+  tmp_path, capsys, config, overrides, code, parts
+):
+  new = tmp_path / "new"
+  assert run("train", "--config", config, "--workdir", new, *overrides) == code
+  assert_one_line(capsys, *parts)
+  assert not new.exists()
+
+
+def test_overrides_reach_the_config():
+  config = cli.read_config(
+    f"{VAR}:d16",
+    ["--config.optimizer.learning_rate=3e-4", "--config.data.flip=true"],
+  )
+  assert config.optimizer.learning_rate == 3e-4
+  assert config.data.flip is True
+  assert config.model.depth == 16
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("sample",), ("edit",)])
+def test_every_command_has_help(capsys, command):
+  with pytest.raises(SystemExit) as exit:
+    run(*command, "--help")
+  assert exit.value.code == 0
+  assert "usage: var-jax" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [(), ("paint",), ("sample",)])
+def test_an_incomplete_command_line_exits_with_2(capsys, arguments):
+  assert run(*arguments) == 2
+  assert_one_line(capsys, "--help")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+  from var_jax import files
+
+  path = tmp_path / "a.png"
+  files.write_bytes(path, b"old")
+
+  def full(self, target):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(type(files.epath.Path(path)), "replace", full)
+  with pytest.raises(OSError, match="disk full"):
+    files.write_bytes(path, b"new")
+  monkeypatch.undo()
+  assert path.read_bytes() == b"old"
+  assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
