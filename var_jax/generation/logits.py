@@ -4,6 +4,8 @@ Thresholds are found by bisection over the bits of a float: 32 counting passes
 give the exact k-th value for any k, traced or not, without sorting V values.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -41,6 +43,7 @@ def keep_top_p(logits_BlV: jax.Array, p: jax.Array) -> jax.Array:
   cumulative probability is at most 1 - p; the most likely one always stays.
   Of equal tokens at the cut as many are dropped as fit.
   """
+  *batch_shape, V = logits_BlV.shape
   probs_BlV = jax.nn.softmax(logits_BlV, axis=-1)
   bits_BlV = _ordered_bits(logits_BlV)
   spare = 1.0 - p
@@ -50,7 +53,7 @@ def keep_top_p(logits_BlV: jax.Array, p: jax.Array) -> jax.Array:
     return jnp.sum(below_BlV, axis=-1, keepdims=True)
 
   bound_Bl1 = _largest_bound(
-    lambda bound_Bl1: mass_below(bound_Bl1) <= spare, logits_BlV.shape[:-1]
+    lambda bound_Bl1: mass_below(bound_Bl1) <= spare, batch_shape
   )
   # Where rounding lets everything go, the cut is at the most likely token.
   bound_Bl1 = jnp.minimum(bound_Bl1, bits_BlV.max(axis=-1, keepdims=True))
@@ -61,8 +64,16 @@ def keep_top_p(logits_BlV: jax.Array, p: jax.Array) -> jax.Array:
   tied_Bl1 = jnp.sum(cut_BlV, axis=-1, keepdims=True)
   top_Bl1 = bound_Bl1 == bits_BlV.max(axis=-1, keepdims=True)
   dropped_Bl1 = jnp.minimum(fit_Bl1, jnp.where(top_Bl1, tied_Bl1 - 1, tied_Bl1))
-  rank_BlV = jnp.cumsum(cut_BlV, axis=-1)  # 1, 2, .. among the tied
-  keep_BlV = (bits_BlV > bound_Bl1) | (cut_BlV & (rank_BlV > dropped_Bl1))
+  # Of the tied, the first in the vocabulary go. A running count would say
+  # which, but a cumulative sum over V is quadratic on CPU.
+  index_V = jnp.arange(V, dtype=jnp.uint32)
+
+  def fits(stop_Bl1):
+    first_BlV = cut_BlV & (index_V < stop_Bl1)
+    return jnp.sum(first_BlV, axis=-1, keepdims=True) <= dropped_Bl1
+
+  stop_Bl1 = _largest_bound(fits, batch_shape, bits=V.bit_length())
+  keep_BlV = (bits_BlV > bound_Bl1) | (cut_BlV & (index_V >= stop_Bl1))
   return jnp.where(keep_BlV | (p <= 0), logits_BlV, NEG_INF)
 
 
@@ -94,13 +105,16 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
   return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest_bound(holds, batch_shape: tuple[int, ...]) -> jax.Array:
-  """Return the largest uint32 [.., 1] for which a falling predicate holds."""
+def _largest_bound(holds, batch_shape: Sequence[int], bits: int = 32):
+  """Return the largest uint32 [.., 1] below 2^bits where `holds` is True.
+
+  Args:
+    holds: takes uint32 [.., 1]; True up to some value, False above it.
+  """
 
   def set_bit(i, bound):
-    candidate = bound | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+    candidate = bound | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
     return jnp.where(holds(candidate), candidate, bound)
 
-  return jax.lax.fori_loop(
-    0, 32, set_bit, jnp.zeros((*batch_shape, 1), jnp.uint32)
-  )
+  zero = jnp.zeros((*batch_shape, 1), jnp.uint32)
+  return jax.lax.fori_loop(0, bits, set_bit, zero)
