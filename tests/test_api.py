@@ -1,6 +1,10 @@
 """The public API: what goes in, what comes out, and what is refused."""
 
+import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import golden_files
 import jax
@@ -9,6 +13,8 @@ import numpy as np
 import pytest
 
 import var_jax
+from var_jax.checkpoints import store
+from var_jax.generation import sampler
 
 KEY = jax.random.key(0)
 
@@ -193,3 +199,52 @@ def test_a_tokenizer_alone_encodes_but_does_not_sample():
 def test_loads_that_make_no_sense_are_errors(tmp_path, options, message):
   with pytest.raises(ValueError, match=message):
     var_jax.load(tmp_path, **options)
+
+
+def test_samples_are_the_same_on_eight_devices(tmp_path):
+  """In a process of its own: the number of devices is fixed at the start."""
+  models, params = golden_files.pair("A")
+  tokenizer = store.Description(models.tokenizer.cfg)
+  store.write_tokenizer(tmp_path, tokenizer, params.tokenizer)
+  checkpoints = store.Store(tmp_path, keep=1)
+  checkpoints.save(1, {"params": params.var}, position=0)
+  checkpoints.close()
+  store.Description(models.tokenizer.cfg, models.var.cfg).write(tmp_path)
+  code = f"""
+import jax, numpy as np, var_jax
+axes = (jax.sharding.AxisType.Auto,) * 2
+mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axes)
+alone = var_jax.load({str(tmp_path)!r})
+spread = var_jax.load({str(tmp_path)!r}, mesh=mesh)
+key = jax.random.key(0)
+ours, theirs = (m.sample([3, -1], key, top_k=50) for m in (alone, spread))
+assert len(theirs.images_BHW3.sharding.device_set) == 8
+np.testing.assert_array_equal(ours.tokens_BL, theirs.tokens_BL)
+np.testing.assert_array_equal(
+  spread.encode(np.asarray(ours.images_BHW3)), alone.encode(ours.images_BHW3))
+np.testing.assert_allclose(
+  spread.decode(ours.tokens_BL), alone.decode(ours.tokens_BL), atol=1e-5)
+"""
+  flags = "--xla_force_host_platform_device_count=8"
+  environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_bfloat16_sampling_returns_float32_images_near_the_float32_ones():
+  models, params = golden_files.pair("A")
+  var = type(models.var)(dataclasses.replace(models.var.cfg, dtype="bfloat16"))
+  tokenizer = type(models.tokenizer)(
+    dataclasses.replace(models.tokenizer.cfg, dtype="bfloat16")
+  )
+  half = var_jax.Model(sampler.Models(tokenizer, var), params)
+  tokens_BL = model().encode(images())
+  decoded = half.decode(tokens_BL)
+  assert decoded.dtype == jnp.float32
+  # bfloat16 keeps 8 bits: a few hundredths after the tiny decoder's 40 layers.
+  golden_files.assert_close(decoded, model().decode(tokens_BL), 0.1)
+  logits_BLV = half.logits([1, 2, 3, -1], tokens_BL)
+  assert logits_BLV.dtype == jnp.float32
+  golden_files.assert_close(
+    logits_BLV, model().logits([1, 2, 3, -1], tokens_BL), 0.05
+  )
+  assert half.sample([3, -1], KEY).images_BHW3.dtype == jnp.float32

@@ -284,20 +284,20 @@ def _check_images(images_BHW3, schedule, cfg) -> jax.Array:
 
 
 def _check_tokens(tokens_BL, schedule, cfg) -> jax.Array:
-  tokens_BL = jnp.asarray(tokens_BL)
-  integer = jnp.issubdtype(tokens_BL.dtype, jnp.integer)
+  tokens_BL = np.asarray(tokens_BL)
+  integer = np.issubdtype(tokens_BL.dtype, np.integer)
   if not integer or tokens_BL.shape[1:] != (schedule.num_tokens,):
     raise ValueError(
       f"tokens are {tokens_BL.dtype} {tokens_BL.shape}; give integers "
       f"[B, {schedule.num_tokens}]."
     )
-  low, high = int(tokens_BL.min()), int(tokens_BL.max())
-  if low < 0 or high >= cfg.vocab_size:
+  outside = tokens_BL[(tokens_BL < 0) | (tokens_BL >= cfg.vocab_size)]
+  if outside.size:
     raise ValueError(
-      f"token {low if low < 0 else high} is outside 0..{cfg.vocab_size - 1}; "
+      f"token {outside[0]} is outside 0..{cfg.vocab_size - 1}; "
       "use ids of this tokenizer."
     )
-  return tokens_BL.astype(jnp.int32)
+  return jnp.asarray(tokens_BL, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

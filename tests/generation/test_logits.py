@@ -69,6 +69,14 @@ def test_top_k_of_one_equals_greedy_whatever_the_noise():
   np.testing.assert_array_equal(drawn, logits_BlV.argmax(-1))
 
 
+def test_top_p_always_leaves_the_most_likely_token():
+  logits_BlV = jnp.array([[[0.0, 3.0, 1.0], [2.0, 2.0, -5.0]]])
+  # 1 - p is 1 in float32: every token fits into what may be dropped.
+  kept = np.isfinite(logits_lib.keep_top_p(logits_BlV, 1e-9))
+  np.testing.assert_array_equal(kept[0, 0], [False, True, False])
+  assert kept[0, 1].sum() == 1 and not kept[0, 1, 2]
+
+
 def test_negative_zero_and_zero_are_one_value():
   kept = logits_lib.keep_top_k(jnp.array([[[0.0, -0.0, -1.0]]]), 1)
   np.testing.assert_array_equal(np.isfinite(kept), [[[True, True, False]]])

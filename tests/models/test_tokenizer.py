@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_files import assert_close, nhwc
+from golden_files import nhwc
 
 from var_jax.checkpoints import torch_format
 from var_jax.models import quantizer
@@ -22,6 +22,8 @@ from var_jax.models.vae import Decoder, Encoder
 from var_jax.training import tokenizer_step
 from var_jax.training.state import to_float_images
 
+# float32 needs less than half of this here; 1e-4 is what all goldens may take.
+assert_close = functools.partial(golden_files.assert_close, tolerance=2e-5)
 CASES = [(share, cosine) for share in (0, 1, 4) for cosine in (False, True)]
 every_case = pytest.mark.parametrize("share, cosine", CASES)
 
@@ -100,7 +102,7 @@ def trained(share, cosine):
 
 def test_pixels_are_scaled_as_recorded():
   image_BHW3 = to_float_images(nhwc(recorded()["img_u8"]))
-  assert_close(image_BHW3, images(), 1e-7)
+  assert_close(image_BHW3, images(), tolerance=1e-7)
 
 
 @every_case
@@ -198,7 +200,8 @@ def test_gradients_equal_the_recorded_ones(share, cosine):
   _, grads, _ = trained(share, cosine)
   for name, grad in arrays.items():
     if name.startswith("grad."):
-      assert_close(grads[name.removeprefix("grad.")], grad)
+      ours = grads[name.removeprefix("grad.")]
+      assert_close(ours, grad, tolerance=5e-5)
 
 
 @every_case
@@ -207,8 +210,11 @@ def test_gradient_norms_equal_the_recorded_ones(share, cosine):
   _, grads, _ = trained(share, cosine)
   names = arrays["gradnorm_names"]
   assert sorted(names) == sorted(grads)
-  norms = [np.linalg.norm(grads[name].astype("f8")) for name in names]
-  assert_close(norms, arrays["gradnorm_values"])
+  norms = np.array([np.linalg.norm(grads[n].astype("f8")) for n in names])
+  expected = arrays["gradnorm_values"]
+  # Some are nothing but rounding: a bias before a norm of single channels.
+  atol = 1e-7 * expected.max()
+  np.testing.assert_allclose(norms, expected, rtol=2e-5, atol=atol)
 
 
 @every_case
@@ -217,7 +223,7 @@ def test_code_usage_equals_the_recorded_one(share, cosine):
     "quantize.ema_vocab_hit_SV"
   ]
   usage_S = tokenizer_step.code_usage(jnp.asarray(hits_SV), 2 * 4 * 4)
-  assert_close(usage_S, recorded(share, cosine)["tr_usages"], 1e-6)
+  assert_close(usage_S, recorded(share, cosine)["tr_usages"], tolerance=1e-6)
 
 
 @functools.cache
