@@ -20,4 +20,4 @@ demo: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info runs/demo

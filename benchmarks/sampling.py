@@ -3,7 +3,7 @@
     python benchmarks/sampling.py --depth 16 --batch 1
 
 Prints one JSON line: seconds of the first call (which compiles) and of the
-median later one, the share of the decoder, and the peak memory of the process.
+median later one, those of the decoder alone, and the peak host memory.
 """
 
 import argparse
@@ -46,7 +46,8 @@ def main():
 
   first, _ = timed(sample)
   runs = [timed(sample)[0] for _ in range(args.repeats)]
-  f_hat_BhwZ = jnp.zeros((args.batch, 16, 16, 32))
+  cfg = tokenizer.cfg
+  f_hat_BhwZ = jnp.zeros((args.batch, *cfg.schedule.grid, cfg.latent_channels))
   decodes = [
     timed(lambda: sampler.decode(models, params, f_hat_BhwZ))[0]
     for _ in range(args.repeats)

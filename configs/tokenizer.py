@@ -2,13 +2,16 @@
 
 import ml_collections
 
-SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+from var_jax import TokenizerConfig
+from var_jax.models.scales import SCALES
+from var_jax.training.config import section
+from var_jax.training.optim import OptimizerConfig
+from var_jax.training.tokenizer_step import TokenizerLossConfig
 
 # Of the model; what is not named is a released value (TokenizerConfig).
 PRESETS = {
-  "released256": dict(scales=SCALES_256),
-  "released512": dict(scales=SCALES_512),
+  "released256": dict(scales=SCALES[256]),
+  "released512": dict(scales=SCALES[512]),
   # 64 px, for machines without an accelerator.
   "small64": dict(
     vocab_size=512,
@@ -51,20 +54,12 @@ def get_config(preset: str = "released256") -> ml_collections.ConfigDict:
   config.data.transform = "crop"  # crop | jitter | resize
   config.data.flip = True
 
-  config.model = ml_collections.ConfigDict(PRESETS[preset])
+  config.model = section(TokenizerConfig, **PRESETS[preset])
   config.model.dtype = "auto"  # bfloat16 decoder on TPU and GPU
-
-  config.loss = ml_collections.ConfigDict()
-  config.loss.quantizer_weight = 1.0
-  config.loss.revive_every = 50
-  config.loss.revive_below = 0.03
-
-  config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.learning_rate = 1e-4  # at a batch of 256
-  config.optimizer.schedule = "cos"
-  config.optimizer.warmup_steps = 1000
-  config.optimizer.weight_decay = 0.005
-  config.optimizer.clip_norm = 2.0
+  config.loss = section(TokenizerLossConfig, revive_every=50)
+  config.optimizer = section(
+    OptimizerConfig, schedule="cos", warmup_fraction=0.01, weight_decay=0.005
+  )
 
   config.log_every = 50
   config.checkpoint_every = 2000
@@ -75,6 +70,5 @@ def get_config(preset: str = "released256") -> ml_collections.ConfigDict:
     config.data.source = "digits"
     config.data.batch_size = 16
     config.data.transform = "resize"
-    config.optimizer.warmup_steps = 10
     config.log_every = config.checkpoint_every = 20
   return config

@@ -2,6 +2,11 @@
 
 import ml_collections
 
+from var_jax import VARConfig
+from var_jax.training.config import section
+from var_jax.training.optim import OptimizerConfig
+from var_jax.training.var_step import VARLossConfig
+
 IMAGENET_STEPS_PER_EPOCH = {768: 1669, 1024: 1252}  # 1,281,167 images
 
 # The published recipes: depth, batch, epochs, base rate, gain of the AdaLN
@@ -43,29 +48,27 @@ def get_config(preset: str = "d16") -> ml_collections.ConfigDict:
   config.data.flip = False
 
   # VAR: width 64 and one head a layer of depth, drop path growing with it.
-  config.model = ml_collections.ConfigDict()
-  config.model.depth = depth
-  config.model.width = 64 * depth
-  config.model.heads = depth
-  config.model.drop_path = 0.1 * depth / 24
-  config.model.dropout = 0.0
-  config.model.shared_adaln = preset == "d36-512"
-  config.model.qk_norm = True
-  config.model.init_adaln_gamma = gamma
-  config.model.remat = depth > 16
-  config.model.dtype = "auto"
-
-  config.loss = ml_collections.ConfigDict()
-  config.loss.label_dropout = 0.1
-  config.loss.label_smoothing = 0.0
-
-  config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.learning_rate = rate  # at a batch of 256
-  config.optimizer.schedule = "lin0"
-  config.optimizer.final_factor = final
-  config.optimizer.weight_decay = 0.05
-  config.optimizer.weight_decay_end = 0.05 if decay_end is None else decay_end
-  config.optimizer.clip_norm = 2.0
+  config.model = section(
+    VARConfig,
+    without=("num_classes", "vocab_size", "latent_channels", "scales"),
+    depth=depth,
+    width=64 * depth,
+    heads=depth,
+    drop_path=0.1 * depth / 24,
+    shared_adaln=preset == "d36-512",
+    init_adaln_gamma=gamma,
+    remat=depth > 16,
+    dtype="auto",
+  )
+  config.loss = section(VARLossConfig)
+  # VAR: warm-up takes a fiftieth of the epochs.
+  config.optimizer = section(
+    OptimizerConfig,
+    learning_rate=rate,  # at a batch of 256
+    final_factor=final,
+    warmup_fraction=1 / 50,
+    weight_decay_end=decay_end,
+  )
 
   config.log_every = 50
   config.checkpoint_every = 2000
@@ -78,6 +81,4 @@ def get_config(preset: str = "d16") -> ml_collections.ConfigDict:
     config.log_every = config.checkpoint_every = 20
   else:
     config.steps = epochs * IMAGENET_STEPS_PER_EPOCH[batch_size]
-  # VAR: a fiftieth of the epochs.
-  config.optimizer.warmup_steps = round(config.steps / 50)
   return config

@@ -81,6 +81,19 @@ def test_a_preview_outlives_the_next_scale():
   assert np.isfinite(first.preview_BHW3).all()
 
 
+def test_a_top_k_beyond_the_vocabulary_is_off():
+  first, second = (model().sample([3], KEY, top_k=k) for k in (0, 10**10))
+  np.testing.assert_array_equal(first.tokens_BL, second.tokens_BL)
+
+
+def test_an_old_style_key_draws_what_the_new_one_draws():
+  first, second = (
+    model().sample([3], key, top_k=9)
+    for key in (jax.random.key(4), jax.random.PRNGKey(4))
+  )
+  np.testing.assert_array_equal(first.tokens_BL, second.tokens_BL)
+
+
 def test_edit_keeps_what_it_is_told_to():
   keep_hw = np.zeros((4, 4), bool)
   keep_hw[:2] = True
@@ -109,17 +122,21 @@ def test_to_uint8_rounds_and_clips():
 BAD_DRAWS = [
   (dict(labels_B=[10]), r"label 10 is outside 0\.\.9"),
   (dict(labels_B=[-2]), "label -2 is outside"),
-  (dict(labels_B=[]), "labels are"),
+  (dict(labels_B=[]), "labels are empty"),
   (dict(labels_B=[1.5]), "labels are float64"),
   (dict(labels_B=3), "give integers"),
   (dict(guidance=float("nan")), "guidance nan is not finite"),
   (dict(guidance=float("inf")), "guidance inf is not finite"),
+  (dict(guidance=1e39), r"guidance 1e\+39 is not finite in float32"),
   (dict(top_k=-1), "top_k -1 is not a count"),
   (dict(top_k=2.5), "top_k 2.5 is not a count"),
+  (dict(top_k=float("inf")), "top_k inf is not a count"),
   (dict(top_p=1.1), r"top_p 1.1 is not in \[0, 1\]"),
   (dict(top_p=-0.1), "top_p -0.1"),
   (dict(top_p=float("nan")), "top_p nan"),
-  (dict(key=jax.random.split(KEY, 3)), r"\(3,\) keys do not match"),
+  (dict(key=jax.random.split(KEY, 3)), r"keys of shape \(3,\) do not match"),
+  (dict(key=0), "key 0 is no JAX key"),
+  (dict(key=np.zeros(2)), "key is float64"),
 ]
 
 
@@ -158,6 +175,8 @@ def test_edits_that_make_no_sense_are_errors(change, message):
     (lambda m: m.encode(np.zeros((1, 48, 64, 3))), r"\(48, 64\) pixels"),
     (lambda m: m.encode(np.zeros((64, 64, 3))), r"give \[B, H, W, 3\]"),
     (lambda m: m.encode(np.zeros((1, 64, 64, 3), np.uint8)), "uint8"),
+    (lambda m: m.encode(np.zeros((0, 64, 64, 3))), r"images are \(0, 64"),
+    (lambda m: m.decode(np.zeros((0, 30), int)), r"tokens are int64 \(0, 30\)"),
     (lambda m: m.encode(np.zeros((1, 64, 64, 3)), (4, 2)), "decreases"),
     (lambda m: m.decode(np.zeros((1, 29), int)), r"give integers \[B, 30\]"),
     (lambda m: m.decode(np.zeros((1, 30))), "tokens are float"),

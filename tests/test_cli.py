@@ -109,6 +109,8 @@ SAMPLE = {"--labels": "3", "--count": "1", "--output": "out.png"}
     ({"--top-k": "x"}, 2, ["--top-k", "'x'"]),
     ({"--top-p": "2"}, 1, ["top_p 2.0"]),
     ({"--output": "out.pdf"}, 1, ["out.pdf", ".png"]),
+    ({"--seed": "1e9"}, 2, ["--seed", "'1e9'"]),
+    ({"--seed": str(2**70)}, 2, ["--seed", "2^32-1"]),
     ({"--checkpoint": "/nothing"}, 1, ["/nothing/config.json"]),
     ({"--wat": "1"}, 2, ["--wat"]),
   ],
@@ -189,7 +191,50 @@ def test_overrides_reach_the_config():
   assert config.model.depth == 16
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("sample",), ("edit",)])
+@pytest.mark.parametrize("ending", ["jpg", "JPEG", "webp", "PNG"])
+def test_the_ending_decides_the_format(tmp_path, ending):
+  output = tmp_path / f"out.{ending}"
+  images.write_image(output, np.zeros((8, 8, 3), np.uint8))
+  with Image.open(output) as image:
+    assert image.format == {"jpg": "JPEG"}.get(ending, ending.upper())
+
+
+@pytest.mark.parametrize(
+  "source, part",
+  [
+    ("import nothing_like_it", "nothing_like_it"),
+    ("def get_config():\n  return 5", "ConfigDict"),
+    ("def get_config():\n  raise KeyError(1)", "KeyError"),
+    ("x = ", "SyntaxError"),
+    ("x = 1", "get_config"),
+  ],
+)
+def test_a_config_file_that_cannot_run_exits_with_2(
+  tmp_path, capsys, source, part
+):
+  path = tmp_path / "config.py"
+  path.write_text(source)
+  new = tmp_path / "new"
+  assert run("train", "--config", path, "--workdir", new) == 2
+  assert_one_line(capsys, "config.py", part)
+  assert not new.exists()
+
+
+def test_train_ends_with_0_and_a_workdir_that_loads(tmp_path):
+  code = run(
+    "train", "--config", f"{ROOT}/configs/tokenizer.py:tiny",
+    "--workdir", tmp_path / "new", "--config.steps=1",
+    "--config.data.batch_size=2", "--config.loss.revive_every=0",
+  )  # fmt: skip
+  assert code == 0
+  import var_jax
+
+  assert var_jax.load(tmp_path / "new").config.transformer is None
+
+
+@pytest.mark.parametrize(
+  "command", [(), ("demo",), ("train",), ("sample",), ("edit",)]
+)
 def test_every_command_has_help(capsys, command):
   with pytest.raises(SystemExit) as exit:
     run(*command, "--help")

@@ -19,8 +19,9 @@ ALLOWED = {
   "training": {"models", "checkpoints", "data", "files"},
   "files": set(),
   "images": {"files"},
-  "api": {"models", "generation", "checkpoints"},
-  "demo": {"api", "data", "training", "files", "images"},
+  "checks": {"models", "generation"},
+  "api": {"models", "generation", "checkpoints", "checks"},
+  "demo": {"api", "data", "models", "training", "files", "images"},
   "cli": {"api", "demo", "training", "generation", "images"},
   "__init__": {"api", "generation", "images", "models", "training"},
 }

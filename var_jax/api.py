@@ -2,18 +2,17 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from var_jax import checks
 from var_jax.generation import edit as edit_lib
 from var_jax.generation import sampler
-from var_jax.generation.sampler import ModelParams, Models, Options, Sample
+from var_jax.generation.sampler import ModelParams, Models, Sample
 from var_jax.models.layers import resolve_dtype
 from var_jax.models.scales import ScaleSchedule, Size
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -105,7 +104,7 @@ class Model:
         the images, which may then be of another size, or not square.
     """
     schedule = self._schedule(scales)
-    images_BHW3 = _check_images(images_BHW3, schedule, self.config.tokenizer)
+    images_BHW3 = checks.images(images_BHW3, schedule, self.config.tokenizer)
     return _encode(
       self.models.tokenizer, schedule, self.params.tokenizer, images_BHW3
     )
@@ -115,16 +114,16 @@ class Model:
   ) -> jax.Array:
     """Return images, clipped to [-1, 1]."""
     schedule = self._schedule(scales)
-    tokens_BL = _check_tokens(tokens_BL, schedule, self.config.tokenizer)
+    tokens_BL = checks.tokens(tokens_BL, schedule, self.config.tokenizer)
     return _decode(
       self.models.tokenizer, schedule, self.params.tokenizer, tokens_BL
     )
 
   def logits(self, labels_B: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Return teacher-forced logits [B, L, V] in float32, nothing dropped."""
-    labels_B = self._check_labels(labels_B)
+    labels_B = checks.labels(labels_B, self.config.transformer)
     schedule = self._schedule(None)
-    tokens_BL = _check_tokens(tokens_BL, schedule, self.config.tokenizer)
+    tokens_BL = checks.tokens(tokens_BL, schedule, self.config.tokenizer)
     if labels_B.shape[0] != tokens_BL.shape[0]:
       raise ValueError(
         f"{labels_B.shape[0]} labels do not match {tokens_BL.shape[0]} rows "
@@ -221,83 +220,18 @@ class Model:
 
   def _prepare(self, labels_B, key, guidance, top_k, top_p, smooth):
     """Check the arguments of a draw; return the sampler's."""
-    labels_B = self._check_labels(labels_B)
-    if not math.isfinite(guidance):
-      raise ValueError(f"guidance {guidance} is not finite; 0 turns it off.")
-    if top_k < 0 or top_k != int(top_k):
-      raise ValueError(f"top_k {top_k} is not a count; 0 turns it off.")
-    if not 0.0 <= top_p <= 1.0:
-      raise ValueError(f"top_p {top_p} is not in [0, 1]; 0 turns it off.")
-    keys_B = sampler.image_keys(key, labels_B.shape[0])
-    if keys_B.shape != labels_B.shape:
-      raise ValueError(
-        f"{keys_B.shape} keys do not match {labels_B.shape[0]} labels; give "
-        "one key, or one a label."
-      )
+    labels_B = checks.labels(labels_B, self.config.transformer)
+    key = checks.key(key, labels_B.shape[0])
+    V = self.config.tokenizer.vocab_size
     return dict(
       models=self.models,
       params=self.params,
       labels_B=labels_B,
-      keys_B=keys_B,
-      options=Options(
-        jnp.float32(guidance), jnp.int32(top_k), jnp.float32(top_p)
-      ),
+      keys_B=sampler.image_keys(key, labels_B.shape[0]),
+      options=checks.options(guidance, top_k, top_p, V),
       guided=guidance != 0,
       smooth=smooth,
     )
-
-  def _check_labels(self, labels_B) -> jax.Array:
-    cfg = self.config.transformer
-    if cfg is None:
-      raise ValueError(
-        "this checkpoint is a tokenizer alone; load a transformer's workdir."
-      )
-    labels_B = np.asarray(labels_B)
-    if labels_B.ndim != 1 or not np.issubdtype(labels_B.dtype, np.integer):
-      raise ValueError(
-        f"labels are {labels_B.dtype} {labels_B.shape}; give integers [B]."
-      )
-    if not labels_B.size:
-      raise ValueError("labels are empty; give at least one.")
-    outside = labels_B[(labels_B < -1) | (labels_B >= cfg.num_classes)]
-    if outside.size:
-      raise ValueError(
-        f"label {outside[0]} is outside 0..{cfg.num_classes - 1}; "
-        "use -1 for unconditional."
-      )
-    return jnp.asarray(labels_B, jnp.int32)
-
-
-def _check_images(images_BHW3, schedule, cfg) -> jax.Array:
-  images_BHW3 = jnp.asarray(images_BHW3)
-  if images_BHW3.ndim != 4 or images_BHW3.shape[-1] != 3:
-    raise ValueError(f"images are {images_BHW3.shape}; give [B, H, W, 3].")
-  if images_BHW3.dtype == jnp.uint8:
-    raise ValueError("images are uint8; give float32 in [-1, 1].")
-  wanted = tuple(n * cfg.downsampling for n in schedule.grid)
-  if images_BHW3.shape[1:3] != wanted:
-    raise ValueError(
-      f"images of {images_BHW3.shape[1:3]} pixels do not fit scales "
-      f"{schedule.sizes}, which need {wanted}; resize them."
-    )
-  return images_BHW3.astype(jnp.float32)
-
-
-def _check_tokens(tokens_BL, schedule, cfg) -> jax.Array:
-  tokens_BL = np.asarray(tokens_BL)
-  integer = np.issubdtype(tokens_BL.dtype, np.integer)
-  if not integer or tokens_BL.shape[1:] != (schedule.num_tokens,):
-    raise ValueError(
-      f"tokens are {tokens_BL.dtype} {tokens_BL.shape}; give integers "
-      f"[B, {schedule.num_tokens}]."
-    )
-  outside = tokens_BL[(tokens_BL < 0) | (tokens_BL >= cfg.vocab_size)]
-  if outside.size:
-    raise ValueError(
-      f"token {outside[0]} is outside 0..{cfg.vocab_size - 1}; "
-      "use ids of this tokenizer."
-    )
-  return jnp.asarray(tokens_BL, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

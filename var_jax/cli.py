@@ -6,6 +6,7 @@ for everything else that fails. A user's mistake is one line on stderr.
 
 import argparse
 import difflib
+import pathlib
 import runpy
 import sys
 from collections.abc import Sequence
@@ -72,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
   sample = commands.add_parser("sample", help="draw images")
   sample.add_argument("--checkpoint", required=True, help="a workdir")
   sample.add_argument(
-    "--labels", type=_integers, required=True, help="3,7 (-1: unconditional)"
+    "--labels",
+    type=_integers,
+    required=True,
+    help="3,7; unconditional is -1, as in --labels=-1,3",
   )
   sample.add_argument("--count", type=_count, default=4, help="a label")
   sample.add_argument("--output", required=True, help="a .png file")
@@ -111,7 +115,7 @@ def _add_drawing(parser) -> None:
   parser.add_argument("--guidance", type=float, default=1.5, help="%(default)s")
   parser.add_argument("--top-k", type=int, default=900, help="%(default)s")
   parser.add_argument("--top-p", type=float, default=0.96, help="%(default)s")
-  parser.add_argument("--seed", type=int, default=0, help="%(default)s")
+  parser.add_argument("--seed", type=_seed, default=0, help="%(default)s")
   parser.add_argument(
     "--smooth", action="store_true", help="mix codes instead of drawing them"
   )
@@ -193,23 +197,31 @@ def read_config(config: str, overrides: Sequence[str]):
   from ml_collections import config_flags
 
   path, _, preset = config.partition(":")
+  if not pathlib.Path(path).is_file():
+    raise UsageError(
+      f"config {path} is not a file; give a path like configs/var.py:d16."
+    )
   try:
     get_config = runpy.run_path(path)["get_config"]
-  except (OSError, KeyError, SyntaxError) as error:
-    raise UsageError(
-      f"config {path} is not a file with a get_config ({error}); give a path "
-      "like configs/var.py:d16."
-    ) from error
-  try:
     base = get_config(preset) if preset else get_config()
     known = _keys(base)
-    for override in overrides:
-      name = override.removeprefix("--config.").partition("=")[0]
-      if name not in known:
-        near = difflib.get_close_matches(name, known) or known
-        raise ValueError(f"key {name} does not exist; try {', '.join(near)}.")
-    argv = ["var-jax", *overrides]
-    values = flags.FlagValues()
+  except ValueError as error:  # the preset's own word
+    raise UsageError(f"config {config}: {error}") from error
+  except Exception as error:  # whatever somebody's file raises
+    raise UsageError(
+      f"config {path} cannot be run ({type(error).__name__}: {error}); it "
+      "needs a get_config(preset) that returns a ConfigDict."
+    ) from error
+  for override in overrides:
+    name = override.removeprefix("--config.").partition("=")[0]
+    if name not in known:
+      near = difflib.get_close_matches(name, known) or known
+      raise UsageError(
+        f"config {config}: key {name} does not exist; try {', '.join(near)}."
+      )
+  argv = ["var-jax", *overrides]
+  values = flags.FlagValues()
+  try:
     config_flags.DEFINE_config_dict(
       "config", base, flag_values=values, sys_argv=argv
     )
@@ -241,6 +253,12 @@ def _integers(text: str) -> list[int]:
 def _count(text: str) -> int:
   if not text.isdigit() or int(text) < 1:
     raise argparse.ArgumentTypeError(f"{text!r} is not a count of 1 or more")
+  return int(text)
+
+
+def _seed(text: str) -> int:
+  if not text.isdigit() or int(text) >= 2**32:
+    raise argparse.ArgumentTypeError(f"{text!r} is not in 0..2^32-1")
   return int(text)
 
 

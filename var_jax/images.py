@@ -67,7 +67,7 @@ def read_image(path: epath.PathLike) -> np.ndarray:
   try:
     with Image.open(io.BytesIO(epath.Path(path).read_bytes())) as image:
       return to_float(np.asarray(image.convert("RGB")))
-  except OSError as error:
+  except Exception as error:  # Pillow's errors share no base class
     raise ValueError(
       f"image {path} cannot be read ({error}); give a PNG or JPEG file."
     ) from None
@@ -87,7 +87,8 @@ def write_image(path: epath.PathLike, image_HW3: np.ndarray) -> None:
   from PIL import Image
 
   check_output(path)
-  format = {"jpg": "jpeg"}.get(suffix := str(path).rpartition(".")[-1], suffix)
+  suffix = pathlib.PurePath(path).suffix[1:].lower()
+  format = {"jpg": "jpeg"}.get(suffix, suffix)
   buffer = io.BytesIO()
   Image.fromarray(image_HW3).save(buffer, format=format.upper())
   files.write_bytes(path, buffer.getvalue())

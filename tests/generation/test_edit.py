@@ -101,6 +101,7 @@ def test_keeping_everything_gives_the_reconstruction():
     ((0.0, 0.0, 1.5, 1.0), "inpaint", "is not y0,x0,y1,x1"),
     ((0.0, float("nan"), 1.0, 1.0), "inpaint", "is not y0,x0,y1,x1"),
     ((0.0, 0.0, 1.0, 1.0), "inside", "use inpaint or outpaint"),
+    ((0.0, 0.0, 0.05, 0.05), "inpaint", "covers no cell of the 4x4"),
   ],
 )
 def test_impossible_boxes_and_modes_are_errors(box, mode, message):

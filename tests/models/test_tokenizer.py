@@ -385,9 +385,9 @@ def test_a_bfloat16_decoder_returns_nearly_the_same_float32_image():
   image_BHW3 = jax.jit(to_image)(params, f_hat_BhwZ)
   assert image_BHW3.dtype == jnp.float32
   error_BHW3 = np.abs(image_BHW3 - nhwc(recorded()["dec_raw_last"]))
-  # Two bits of bfloat16's eight are lost over some fifty layers in a row.
-  assert 0 < error_BHW3.mean() < 2**-6
-  assert error_BHW3.max() < 2**-3
+  # Some fifty layers in a row, with eight bits each; float32 is near 2^-21.
+  assert 2**-12 < error_BHW3.mean() < 2**-5
+  assert error_BHW3.max() < 2**-2
 
 
 def matmuls_on_tpu(fn, *args):

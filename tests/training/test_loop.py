@@ -1,20 +1,17 @@
 """The loop: resuming, the data clock, and workdirs that are not ours."""
 
 import json
-import pathlib
-import sys
+import shutil
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
 
+from configs import tokenizer as tokenizer_presets
+from configs import var as var_presets
 from var_jax.checkpoints import store
 from var_jax.training import loop, report
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-from configs import tokenizer as tokenizer_presets  # noqa: E402
-from configs import var as var_presets  # noqa: E402
 
 
 def tokenizer_config(steps=6):
@@ -64,8 +61,6 @@ def metrics(workdir):
 
 def cut_back(workdir, copy, step):
   """Return `copy`: the workdir as a kill after the save of `step` left it."""
-  import shutil
-
   shutil.copytree(workdir, copy)
   for folder in (copy / "checkpoints").iterdir():
     if int(folder.name) > step:
@@ -85,10 +80,9 @@ def test_resumed_tokenizer_equals_the_uninterrupted_one(trained, tmp_path):
 
 
 def test_resumed_transformer_equals_the_uninterrupted_one(trained, tmp_path):
-  """It needs nothing outside its workdir, and no tokenizer_path."""
+  """It needs nothing outside its workdir: the tokenizer is in it."""
   resumed = cut_back(trained[1], tmp_path / "again", step=4)
-  config = var_config(trained[0])
-  loop.train(config, resumed)
+  loop.train(var_config(tokenizer_path=""), resumed)
   for which in ("raw", "ema"):
     jax.tree.map(
       np.testing.assert_array_equal,
@@ -155,12 +149,19 @@ def test_how_often_to_log_may_change(trained):
     ("kind", "gan", "kind 'gan' is not known"),
     ("steps", 0, "steps 0 is below 1"),
     ("ema_decay", 1.0, "ema_decay 1.0 is not in"),
+    ("data.batch_size", 0, "data.batch_size 0 is below 1"),
+    ("seed", -1, "seed -1 is negative"),
+    ("optimizer.clip_norm", -1.0, "clip_norm -1.0 is negative"),
+    ("optimizer.warmup_fraction", 1.0, "warmup_fraction 1.0 is not in"),
+    ("model.drop_path", 1.0, "drop_path 1.0 is not in"),
+    ("loss.label_dropout", 1.5, "label_dropout 1.5 is not in"),
     ("tokenizer_path", "", "tokenizer_path is empty"),
     ("tokenizer_path", "/nothing/here", "does not exist"),
     ("data.source", "digitz", "digitz"),
     ("data.transform", "blur", "blur"),
     ("optimizer.schedule", "zigzag", "zigzag"),
     ("model.heads", 3, "width 128 is not divisible by 3 heads"),
+    ("model.heads", 0, "heads 0 is below 1"),
     ("model.dtype", "float8", "dtype 'float8' is not known"),
   ],
 )
@@ -172,6 +173,28 @@ def test_a_config_that_makes_no_sense_leaves_nothing(
   with pytest.raises(ValueError, match=message):
     loop.train(config, tmp_path / "new")
   assert not (tmp_path / "new").exists()
+
+
+def test_a_config_without_a_key_is_an_error(trained, tmp_path):
+  config = var_config(trained[0])
+  with config.unlocked():
+    del config.kind
+  with pytest.raises(ValueError, match="the config has no kind"):
+    loop.train(config, tmp_path / "new")
+
+
+def test_a_copy_that_an_interrupted_start_left_is_replaced(trained, tmp_path):
+  """Without config.json nothing says what a tokenizer/ in the workdir is."""
+  shutil.copytree(trained[1] / "tokenizer", tmp_path / "tokenizer")
+  stale = tmp_path / "tokenizer" / "config.json"
+  stale.write_text("{}")
+  config = var_config(trained[0], steps=1)
+  loop.train(config, tmp_path)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    store.read_models(tmp_path)[1],
+    weights(trained[0], "ema"),
+  )
 
 
 def test_an_unknown_field_is_named(trained, tmp_path):
@@ -199,7 +222,8 @@ def test_every_preset_builds_its_dataclasses():
 
 def test_published_recipes_are_the_published_numbers():
   d16, d30 = (var_presets.get_config(name) for name in ("d16", "d30"))
-  assert (d16.steps, d16.optimizer.warmup_steps) == (200 * 1669, 4 * 1669)
+  assert d16.steps == 200 * 1669
+  assert round(d16.optimizer.warmup_fraction * d16.steps) == 4 * 1669
   assert d30.data.batch_size == 1024
   assert d30.optimizer.weight_decay_end == 0.08
   assert d30.model.drop_path == 0.125

@@ -165,7 +165,10 @@ def read_models(
 def write_tokenizer(
   workdir: epath.PathLike, description: Description, variables: Any
 ) -> None:
-  """Put a frozen tokenizer into a transformer's workdir, or nothing."""
+  """Put a frozen tokenizer into a transformer's workdir, or nothing.
+
+  One that is there already is replaced.
+  """
   folder = epath.Path(workdir).absolute() / "tokenizer"
   aside = folder.with_name(".tokenizer.partial")
   aside.rmtree(missing_ok=True)
@@ -173,6 +176,7 @@ def write_tokenizer(
   store.save(0, {"params": variables}, position=0)
   store.close()
   description.write(aside)
+  folder.rmtree(missing_ok=True)
   aside.rename(folder)
 
 

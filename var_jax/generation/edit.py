@@ -39,6 +39,10 @@ def box_mask(
   # VAR: Python's round, half to even.
   keep_hw = np.zeros(grid, bool)
   keep_hw[round(y0 * h) : round(y1 * h), round(x0 * w) : round(x1 * w)] = True
+  if not keep_hw.any():
+    raise ValueError(
+      f"box {box} covers no cell of the {h}x{w} token grid; make it larger."
+    )
   return ~keep_hw if mode == "inpaint" else keep_hw
 
 

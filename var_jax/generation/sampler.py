@@ -84,8 +84,6 @@ class Drawn(NamedTuple):
 
 def image_keys(key: jax.Array, batch: int) -> jax.Array:
   """Return one key an image: fold_in(key, i), or `key` where it is [B]."""
-  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    key = jax.random.wrap_key_data(key)
   if key.ndim:
     return key
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))

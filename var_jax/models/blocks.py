@@ -48,6 +48,14 @@ class VARConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "scales", self.schedule.sizes)
+    for name in ("depth", "width", "heads", "num_classes", "vocab_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} {getattr(self, name)} is below 1; use more.")
+    for name in ("dropout", "drop_path"):
+      if not 0.0 <= getattr(self, name) < 1.0:
+        raise ValueError(
+          f"{name} {getattr(self, name)} is not in [0, 1); 0 turns it off."
+        )
     if self.width % self.heads:
       raise ValueError(
         f"width {self.width} is not divisible by {self.heads} heads; "
@@ -121,7 +129,9 @@ class Attention(nn.Module):
     q_BlNK = q_BlNK.astype(cfg.dtype)
     k_BlD = k_BlNK.astype(cfg.dtype).reshape(B, l, D)
     if past is None:
-      mask_ll = cfg.schedule.block_causal_mask()[:l, :l]
+      # Built from the levels in the program: as a constant it has L^2 bytes.
+      level_l = jnp.asarray(cfg.schedule.level_ids()[:l])
+      mask_ll = level_l[:, None] >= level_l
       k_BTD, v_BTD = k_BlD, v_BlD
     else:
       # A scale sees itself and all that came before: nothing to mask.

@@ -17,14 +17,23 @@ def matmul_precision(dtype) -> jax.lax.Precision | None:
   return HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def resolve_dtype(name: str | None) -> str:
-  """Return the dtype of matmul inputs; "auto" and None ask the platform."""
-  if name not in (None, "auto", "float32", "bfloat16"):
-    raise ValueError(
-      f"dtype {name!r} is not known; use auto, float32 or bfloat16."
-    )
-  if name in (None, "auto"):
+def resolve_dtype(dtype) -> str:
+  """Return the name of the dtype of matmul inputs.
+
+  Args:
+    dtype: float32 or bfloat16, by name or as JAX has them; "auto" and None
+      leave it to the platform.
+  """
+  if dtype is None or dtype == "auto":
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  try:
+    name = jnp.dtype(dtype).name
+  except TypeError:
+    name = None
+  if name not in ("float32", "bfloat16"):
+    raise ValueError(
+      f"dtype {dtype!r} is not known; use auto, float32 or bfloat16."
+    )
   return name
 
 

@@ -35,6 +35,10 @@ class TokenizerConfig:
   def __post_init__(self):
     object.__setattr__(self, "scales", self.schedule.sizes)
     object.__setattr__(self, "channel_mults", tuple(self.channel_mults))
+    sizes = ("vocab_size", "latent_channels", "channels", "norm_groups")
+    for name in (*sizes, "encoder_blocks", "decoder_blocks"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} {getattr(self, name)} is below 1; use more.")
     if self.distance not in DISTANCES:
       raise ValueError(
         f"distance {self.distance!r} is not known; use one of {DISTANCES}."

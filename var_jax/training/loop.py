@@ -61,7 +61,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     train=True,
     flip=config.data.flip,
   )
-  if not (workdir / "config.json").exists():
+  if not (workdir / "config.json").exists():  # the last file of a new workdir
     program.prepare()
     program.description.write(workdir)
   checkpoints = store.Store(workdir, config.keep_checkpoints)
@@ -69,10 +69,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     start = checkpoints.latest_step() or 0
     if start >= config.steps:
       return
-    state = program.init()
     if start:
-      state, position = _restore(checkpoints, start, state)
-      assert position == start * config.data.batch_size
+      state = _restore(checkpoints, start, program, config.data.batch_size)
+    else:
+      state = program.init()
     batches = pipeline.training_batches(
       source,
       transform,
@@ -120,7 +120,8 @@ def var_program(config, source, workdir: epath.Path) -> Program:
   The tokenizer is read from config.tokenizer_path once and copied into the
   workdir, which then stands alone.
   """
-  copied = (workdir / "tokenizer").exists()
+  # Without config.json the copy may be one that an interrupted start left.
+  copied = (workdir / "config.json").exists()
   path = workdir / "tokenizer" if copied else config.tokenizer_path
   if not path:
     raise ValueError(
@@ -219,11 +220,17 @@ def _trees(state: TrainState) -> dict[str, Any]:
   return {"params": state.params, "ema": state.ema, "training": training}
 
 
-def _restore(checkpoints, step: int, like: TrainState):
+def _restore(checkpoints, step: int, program, batch_size: int) -> TrainState:
+  """Return the state of `step`, without a fresh one beside it."""
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+    jax.eval_shape(program.init),
+  )
   trees, position = checkpoints.restore(step, _trees(like))
+  assert position == step * batch_size
   training = trees["training"]
-  state = like.replace(params=trees["params"], ema=trees["ema"], **training)
-  return state, position
+  return like.replace(params=trees["params"], ema=trees["ema"], **training)
 
 
 def _optimizer(config):
@@ -248,7 +255,18 @@ def _build(cls, section: ml_collections.ConfigDict, **derived):
     ) from None
 
 
+_REQUIRED = (
+  "kind", "seed", "steps", "ema_decay", "log_every", "checkpoint_every",
+  "keep_checkpoints", "data", "model", "loss", "optimizer",
+)  # fmt: skip
+
+
 def _check_config(config) -> None:
+  for name in _REQUIRED:
+    if name not in config:
+      raise ValueError(
+        f"the config has no {name}; compare with the presets in configs/."
+      )
   if config.kind not in ("tokenizer", "var"):
     raise ValueError(
       f"kind {config.kind!r} is not known; use tokenizer or var."
@@ -256,6 +274,12 @@ def _check_config(config) -> None:
   for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
     if config[name] < 1:
       raise ValueError(f"{name} {config[name]} is below 1; use 1 or more.")
+  if config.data.batch_size < 1:
+    raise ValueError(
+      f"data.batch_size {config.data.batch_size} is below 1; use 1 or more."
+    )
+  if config.seed < 0:
+    raise ValueError(f"seed {config.seed} is negative; use 0 or more.")
   if not 0.0 <= config.ema_decay < 1.0:
     raise ValueError(
       f"ema_decay {config.ema_decay} is not in [0, 1); 0 turns it off."
@@ -272,6 +296,8 @@ def _check_workdir(config, workdir: epath.Path) -> None:
   for name in sorted(there.keys() | here.keys()):
     if name in FREE_KEYS or there.get(name) == here.get(name):
       continue
+    if name == "tokenizer_path" and not here.get(name):
+      continue  # the workdir has its own copy
     raise ValueError(
       f"workdir {workdir} holds another config: {name} is {there.get(name)!r} "
       f"there and {here.get(name)!r} here; use a new --workdir."

@@ -19,7 +19,8 @@ class OptimizerConfig:
   Args:
     learning_rate: at a batch of 256 samples; grows with the batch.
     schedule: cos, lin, lin0, lin00, lin<T> or exp, see `learning_rate_factor`.
-    warmup_steps: from warmup_start to 1, both factors of the peak.
+    warmup_fraction: of the steps, from warmup_start to 1, both factors of
+      the peak.
     final_factor: of the peak, at the last step.
     weight_decay_end: reached by half a cosine; None keeps weight_decay.
     clip_norm: of all gradients together; 0 turns clipping off.
@@ -27,7 +28,7 @@ class OptimizerConfig:
 
   learning_rate: float = 1e-4
   schedule: str = "lin0"
-  warmup_steps: int = 0
+  warmup_fraction: float = 0.02
   warmup_start: float = 0.005
   final_factor: float = 0.01
   b1: float = 0.9
@@ -39,6 +40,18 @@ class OptimizerConfig:
 
   def __post_init__(self):
     _hold_until(self.schedule)
+    if self.learning_rate <= 0:
+      raise ValueError(
+        f"learning_rate {self.learning_rate} is not above 0; use more."
+      )
+    for name in ("b1", "b2", "warmup_fraction"):
+      if not 0.0 <= getattr(self, name) < 1.0:
+        raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1).")
+    for name in ("clip_norm", "weight_decay", "eps"):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f"{name} {getattr(self, name)} is negative; 0 turns it off."
+        )
 
 
 def make_optimizer(
@@ -67,7 +80,7 @@ def schedules(
       cfg.schedule,
       step,
       steps=steps,
-      warmup_steps=cfg.warmup_steps,
+      warmup_steps=round(cfg.warmup_fraction * steps),
       start=cfg.warmup_start,
       end=cfg.final_factor,
     )
@@ -136,7 +149,8 @@ def _hold_until(name: str) -> float:
   """Return the progress at which a schedule starts to fall, or bends."""
   if name in _HOLDS:
     return _HOLDS[name]
-  if match := re.fullmatch(r"lin(0\.\d+)", name):
+  match = re.fullmatch(r"lin(0\.\d+)", name)
+  if match and float(match[1]) > 0:
     return float(match[1])
   raise ValueError(
     f"schedule {name!r} is not known; use one of {', '.join(_HOLDS)}, or "

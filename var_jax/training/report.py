@@ -29,7 +29,7 @@ class Report:
     self._path = workdir / "metrics.jsonl"
     self._lines = _lines_up_to(self._path, start)
     self._batch_size = batch_size
-    self._since = (time.monotonic(), start)
+    self._since = None  # (time, step): from the first step on, compiled
     console = rich.console.Console(stderr=True)
     self._plain = not console.is_terminal
     self._bar = rich.progress.Progress(
@@ -51,12 +51,16 @@ class Report:
     self._bar.start()
 
   def advance(self, step: int) -> None:
+    if self._since is None:
+      self._since = (time.monotonic(), step)
     self._bar.update(self._task, completed=step)
 
   def write(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
     """Log the metrics of `step`, which this waits for."""
     values = {k: float(v) for k, v in _flatten(jax.device_get(metrics)).items()}
     now = time.monotonic()
+    if self._since is None:
+      self._since = (now, step)
     seconds = (now - self._since[0]) / max(step - self._since[1], 1)
     self._since = (now, step)
     values["images_per_second"] = self._batch_size / max(seconds, 1e-9)

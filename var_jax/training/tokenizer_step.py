@@ -15,7 +15,6 @@ from var_jax.models.tokenizer import Tokenizer
 from var_jax.training.state import TrainState, step_key, to_float_images
 
 REVIVAL = 3  # what the key is for, see var_step
-HIT_DECAY = 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +29,13 @@ class TokenizerLossConfig:
   quantizer_weight: float = 1.0
   revive_every: int = 0
   revive_below: float = 0.03
+
+  def __post_init__(self):
+    for name in ("quantizer_weight", "revive_every", "revive_below"):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f"{name} {getattr(self, name)} is negative; 0 turns it off."
+        )
 
 
 def init_params(tokenizer: Tokenizer, key: jax.Array):
@@ -70,9 +76,10 @@ def make_step(
       state.params
     )
     hits_SV = count_codes(quantized.tokens_BL, scales, V)
-    hits_SV = optax.incremental_update(
-      hits_SV, state.code_hits_SV, 1.0 - HIT_DECAY
-    )
+    # VAR: the first count as it is, then a short memory, then a long one.
+    decay = jnp.where(state.step < 100, 0.9, 0.99)
+    decay = jnp.where(state.step == 0, 0.0, decay)
+    hits_SV = optax.incremental_update(hits_SV, state.code_hits_SV, 1.0 - decay)
     state = state.apply_gradients(grads, optimizer, ema_decay)
     area = image_BHW3.shape[0] * scales.grid[0] * scales.grid[1]
     usage_S = code_usage(hits_SV, area)
@@ -82,11 +89,16 @@ def make_step(
       "quantizer_loss": quantized.loss,
       "psnr": 10.0 * jnp.log10(4.0 / l2),
       "grad_norm": optax.tree.norm(grads),
-      "code_usage": {str(s): usage_S[s] for s in range(len(scales))},
+      "code_usage": _per_scale(usage_S),
+      "residual_energy": _per_scale(quantized.residual_energy_S),
     }
     return state.replace(code_hits_SV=hits_SV), metrics
 
   return step
+
+
+def _per_scale(values_S: jax.Array) -> dict[str, jax.Array]:
+  return {str(s): values_S[s] for s in range(values_S.shape[0])}
 
 
 def count_codes(tokens_BL: jax.Array, scales, vocab_size: int) -> jax.Array:

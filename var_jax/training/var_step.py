@@ -34,6 +34,13 @@ class VARLossConfig:
   label_dropout: float = 0.1
   label_smoothing: float = 0.0
 
+  def __post_init__(self):
+    for name in ("label_dropout", "label_smoothing"):
+      if not 0.0 <= getattr(self, name) <= 1.0:
+        raise ValueError(
+          f"{name} {getattr(self, name)} is not in [0, 1]; 0 turns it off."
+        )
+
 
 def init_params(var: VAR, key: jax.Array):
   """Return fresh parameters."""

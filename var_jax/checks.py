@@ -1,0 +1,109 @@
+"""What the public API refuses: one line with value, limit and remedy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from var_jax.generation.sampler import Options
+from var_jax.models.scales import ScaleSchedule
+from var_jax.models.tokenizer import TokenizerConfig
+from var_jax.models.transformer import VARConfig
+
+
+def labels(labels_B, cfg: VARConfig | None) -> jax.Array:
+  """Return labels as int32 [B]."""
+  if cfg is None:
+    raise ValueError(
+      "this checkpoint is a tokenizer alone; load a transformer's workdir."
+    )
+  labels_B = np.asarray(labels_B)
+  if labels_B.ndim == 1 and not labels_B.size:
+    raise ValueError("labels are empty; give at least one.")
+  if labels_B.ndim != 1 or not np.issubdtype(labels_B.dtype, np.integer):
+    raise ValueError(
+      f"labels are {labels_B.dtype} {labels_B.shape}; give integers [B]."
+    )
+  outside = labels_B[(labels_B < -1) | (labels_B >= cfg.num_classes)]
+  if outside.size:
+    raise ValueError(
+      f"label {outside[0]} is outside 0..{cfg.num_classes - 1}; "
+      "use -1 for unconditional."
+    )
+  return jnp.asarray(labels_B, jnp.int32)
+
+
+def options(guidance, top_k, top_p, vocab_size: int) -> Options:
+  """Return the options as traced numbers."""
+  with np.errstate(over="ignore"):
+    finite = np.isfinite(np.float32(guidance))
+  if not finite:
+    raise ValueError(
+      f"guidance {guidance} is not finite in float32; 0 turns it off."
+    )
+  if not math.isfinite(top_k) or top_k < 0 or top_k != int(top_k):
+    raise ValueError(f"top_k {top_k} is not a count; 0 turns it off.")
+  if not 0.0 <= top_p <= 1.0:
+    raise ValueError(f"top_p {top_p} is not in [0, 1]; 0 turns it off.")
+  top_k = min(int(top_k), vocab_size)
+  return Options(jnp.float32(guidance), jnp.int32(top_k), jnp.float32(top_p))
+
+
+def key(key, batch: int) -> jax.Array:
+  """Return one typed key, or as many as there are labels."""
+  if not isinstance(key, jax.Array | np.ndarray):
+    raise ValueError(f"key {key!r} is no JAX key; give jax.random.key(seed).")
+  if key.dtype == np.uint32:  # jax.random.PRNGKey
+    key = jax.random.wrap_key_data(jnp.asarray(key))
+  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    raise ValueError(
+      f"key is {key.dtype} {key.shape}, no JAX key; give jax.random.key(seed)."
+    )
+  if key.shape not in ((), (batch,)):
+    raise ValueError(
+      f"keys of shape {key.shape} do not match {batch} labels; give one key, "
+      "or one a label."
+    )
+  return key
+
+
+def images(
+  images_BHW3, schedule: ScaleSchedule, cfg: TokenizerConfig
+) -> jax.Array:
+  """Return images as float32."""
+  images_BHW3 = jnp.asarray(images_BHW3)
+  shape = images_BHW3.shape
+  if len(shape) != 4 or shape[-1] != 3 or not shape[0]:
+    raise ValueError(f"images are {shape}; give [B, H, W, 3].")
+  if not jnp.issubdtype(images_BHW3.dtype, jnp.floating):
+    raise ValueError(
+      f"images are {images_BHW3.dtype}; give float32 in [-1, 1]."
+    )
+  wanted = tuple(n * cfg.downsampling for n in schedule.grid)
+  if shape[1:3] != wanted:
+    raise ValueError(
+      f"images of {shape[1:3]} pixels do not fit scales {schedule.sizes}, "
+      f"which need {wanted}; resize them."
+    )
+  return images_BHW3.astype(jnp.float32)
+
+
+def tokens(
+  tokens_BL, schedule: ScaleSchedule, cfg: TokenizerConfig
+) -> jax.Array:
+  """Return tokens as int32 [B, L]."""
+  tokens_BL = np.asarray(tokens_BL)
+  fits = tokens_BL.shape[1:] == (schedule.num_tokens,) and tokens_BL.size
+  if not fits or not np.issubdtype(tokens_BL.dtype, np.integer):
+    raise ValueError(
+      f"tokens are {tokens_BL.dtype} {tokens_BL.shape}; give integers "
+      f"[B, {schedule.num_tokens}]."
+    )
+  outside = tokens_BL[(tokens_BL < 0) | (tokens_BL >= cfg.vocab_size)]
+  if outside.size:
+    raise ValueError(
+      f"token {outside[0]} is outside 0..{cfg.vocab_size - 1}; "
+      "use ids of this tokenizer."
+    )
+  return jnp.asarray(tokens_BL, jnp.int32)
