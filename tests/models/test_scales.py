@@ -1,4 +1,4 @@
-"""Scale lists, masks, resampling."""
+"""Scale lists, token ranges, masks."""
 
 import numpy as np
 import pytest
