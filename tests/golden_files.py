@@ -66,6 +66,7 @@ def state_dict(name: str) -> dict[str, np.ndarray]:
     return dict(_TensorUnpickler(archive).load())
 
 
+@functools.cache
 def var_params(variant: str):
   """Return the parameter tree of transformer A, B or C."""
   tensors = state_dict(_VAR_FILES[variant])
@@ -73,6 +74,7 @@ def var_params(variant: str):
   return {"params": torch_format.from_official(tensors, entries)}
 
 
+@functools.cache
 def tokenizer(share: int = 4, cosine: bool = False):
   """Return (config, parameter tree) of the tiny tokenizer."""
   distance = "cosine" if cosine else "euclidean"

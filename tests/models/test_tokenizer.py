@@ -30,6 +30,13 @@ every_case = pytest.mark.parametrize("share, cosine", CASES)
 RECTANGLES = ((1, 1), (2, 3), (3, 4), (4, 6))
 
 
+# Reading the parameters traces the whole model: once a case.
+tokenizer_of = functools.cache(golden_files.tokenizer)
+entries_of = functools.cache(
+  lambda cfg: tuple(torch_format.tokenizer_entries(cfg))
+)
+
+
 def recorded(share=4, cosine=False):
   return golden_files.arrays(f"vae_share{share}_znorm{int(cosine)}.npz")
 
@@ -61,7 +68,7 @@ def share_networks(next_method, args, kwargs, context):
 
 
 def run(case, method, *args, **kwargs):
-  cfg, params = golden_files.tokenizer(*case)
+  cfg, params = tokenizer_of(*case)
   with nn.intercept_methods(share_networks):
     return Tokenizer(cfg).apply(params, *args, method=method, **kwargs)
 
@@ -80,7 +87,7 @@ def trained(share, cosine):
 
   The gradients are of the parameters, by official name, and of f.
   """
-  cfg, params = golden_files.tokenizer(share, cosine)
+  cfg, params = tokenizer_of(share, cosine)
   image_BHW3 = images()[:2]
 
   def loss_fn(params, offset_BhwZ):
@@ -96,8 +103,8 @@ def trained(share, cosine):
   value, (grads, f_grad_BhwZ) = jax.value_and_grad(
     loss_fn, argnums=(0, 1), has_aux=True
   )(params, jnp.zeros((2, 4, 4, 8)))
-  entries = torch_format.tokenizer_entries(cfg)
-  return value, torch_format.to_official(grads["params"], entries), f_grad_BhwZ
+  tensors = torch_format.to_official(grads["params"], entries_of(cfg))
+  return value, tensors, f_grad_BhwZ
 
 
 def test_pixels_are_scaled_as_recorded():
@@ -107,10 +114,8 @@ def test_pixels_are_scaled_as_recorded():
 
 @every_case
 def test_recorded_phis_are_the_ones_in_use(share, cosine):
-  cfg, params = golden_files.tokenizer(share, cosine)
-  tensors = torch_format.to_official(
-    params["params"], torch_format.tokenizer_entries(cfg)
-  )
+  cfg, params = tokenizer_of(share, cosine)
+  tensors = torch_format.to_official(params["params"], entries_of(cfg))
   for name, weight in recorded(share, cosine).items():
     if name.startswith("w."):
       np.testing.assert_array_equal(tensors[name[2:]], weight)
@@ -229,7 +234,7 @@ def test_code_usage_equals_the_recorded_one(share, cosine):
 @functools.cache
 def block_outputs():
   """Return the output of each block for the first image, [Z, h, w]."""
-  cfg, params = golden_files.tokenizer()
+  cfg, params = tokenizer_of()
 
   @jax.jit
   def reconstruct(params, image_1HW3):
@@ -334,7 +339,7 @@ def test_every_recorded_array_is_tested_or_exempt(share, cosine):
 
 
 def test_a_rectangle_comes_back_in_its_own_shape():
-  cfg, params = golden_files.tokenizer()
+  cfg, params = tokenizer_of()
   tokenizer = Tokenizer(dataclasses.replace(cfg, scales=RECTANGLES))
   assert tokenizer.cfg.image_shape == (64, 96)
   image_BHW3 = nhwc(recorded()["rect_img"])
@@ -357,7 +362,7 @@ def test_tokens_of_the_first_scales_give_the_inputs_of_those():
 
 
 def test_the_gradient_passes_straight_through_the_quantiser():
-  cfg, params = golden_files.tokenizer()
+  cfg, params = tokenizer_of()
   weights_BhwZ = jax.random.normal(jax.random.key(0), (4, 4, 4, 8))
 
   def weighted(tokenizer, f_BhwZ):
@@ -378,7 +383,7 @@ def test_the_gradient_passes_straight_through_the_quantiser():
 
 
 def test_a_bfloat16_decoder_returns_nearly_the_same_float32_image():
-  cfg, params = golden_files.tokenizer()
+  cfg, params = tokenizer_of()
   cfg = dataclasses.replace(cfg, dtype="bfloat16")
   f_hat_BhwZ = nhwc(recorded()["fhat_3"])[:2]
   to_image = functools.partial(Tokenizer(cfg).apply, method="to_image")
@@ -407,7 +412,7 @@ FLOAT32 = (("f32", "f32"), ("HIGHEST", "HIGHEST"))
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_tokens_are_chosen_at_full_precision_on_tpu(distance):
-  cfg, params = golden_files.tokenizer(cosine=distance == "cosine")
+  cfg, params = tokenizer_of(cosine=distance == "cosine")
   encode = functools.partial(Tokenizer(cfg).apply, method="encode")
   matmuls = matmuls_on_tpu(encode, params, images())
   assert len(matmuls) > 30
@@ -416,20 +421,20 @@ def test_tokens_are_chosen_at_full_precision_on_tpu(distance):
 
 @pytest.mark.parametrize("method", ["inputs", "accumulate"])
 def test_transformer_inputs_have_full_precision_on_tpu(method):
-  cfg, params = golden_files.tokenizer()
+  cfg, params = tokenizer_of()
   apply = functools.partial(Tokenizer(cfg).apply, method=method)
   matmuls = matmuls_on_tpu(apply, params, tokens_of(recorded()))
   assert matmuls and set(matmuls) == {FLOAT32}
 
 
 def test_a_mixture_of_codes_has_full_precision_on_tpu():
-  cfg, params = golden_files.tokenizer()
+  cfg, params = tokenizer_of()
   mix = functools.partial(Tokenizer(cfg).apply, method="mix")
   assert matmuls_on_tpu(mix, params, jnp.ones((2, 4, 128))) == [FLOAT32]
 
 
 def test_a_bfloat16_decoder_multiplies_in_bfloat16_on_tpu():
-  cfg, params = golden_files.tokenizer()
+  cfg, params = tokenizer_of()
   f_hat_BhwZ = jnp.zeros((2, 4, 4, 8))
 
   def matmuls(dtype):

@@ -35,6 +35,7 @@ def labels_of(variant):
   return np.where(labels_B == 10, -1, labels_B)
 
 
+@functools.cache
 def arguments(variant):
   """Return (parameters, labels_B, inputs_BlZ) of the recorded forward."""
   params = jax.tree.map(jnp.asarray, golden_files.var_params(variant))
@@ -103,10 +104,8 @@ def gradients(variant):
     return losses_2, *(pull_back(one_2)[0]["params"] for one_2 in jnp.eye(2))
 
   losses_2, plain, smooth = differentiate(*arguments(variant))
-  named = [
-    torch_format.to_official(grads, torch_format.var_entries(cfg))
-    for grads in (plain, smooth)
-  ]
+  entries = list(torch_format.var_entries(cfg))
+  named = [torch_format.to_official(g, entries) for g in (plain, smooth)]
   return dict(zip((0.0, 0.1), zip(losses_2, named, strict=True), strict=True))
 
 

@@ -107,7 +107,8 @@ class Tokenizer(nn.Module):
       lecun = nn.initializers.lecun_normal(batch_axis=0)
       kernel = self.param("phi_kernel", lecun, (P, 3, 3, Z, Z))
       bias = self.param("phi_bias", nn.initializers.zeros, (P, Z))
-    self.quantize = QuantizerParams(codebook, kernel, bias)
+    # NumPy parameters are fine too: a NumPy array takes no traced index.
+    self.quantize = QuantizerParams(jnp.asarray(codebook), kernel, bias)
 
   def __call__(self, image_BHW3: jax.Array) -> tuple[jax.Array, Quantized]:
     """Return the reconstruction, not clipped, with training gradients."""
