@@ -33,8 +33,10 @@ def main():
   tokenizer = Tokenizer(TokenizerConfig(dtype=dtype))
   var = VAR(VARConfig.official(args.depth, dtype=dtype))
   key = jax.random.key(0)
+  init_key = jax.random.key(0, impl="rbg")  # quick to compile
   params = sampler.ModelParams(
-    tokenizer_step.init_params(tokenizer, key), var_step.init_params(var, key)
+    tokenizer_step.init_params(tokenizer, init_key),
+    var_step.init_params(var, init_key),
   )
   models = sampler.Models(tokenizer, var)
   labels_B = jnp.arange(args.batch) % 1000

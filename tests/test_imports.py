@@ -83,7 +83,7 @@ tokenizer = var_jax.Tokenizer(cfg)
 var = var_jax.VAR(var_jax.VARConfig(
   depth=1, width=8, heads=1, num_classes=3, vocab_size=8, latent_channels=4,
   scales=(1, 2)))
-key = jax.random.key(0)
+key = jax.random.key(0, impl="rbg")
 params = sampler.ModelParams(
   tokenizer_step.init_params(tokenizer, key), var_step.init_params(var, key))
 for name in ("tensorflow", "tensorflow_datasets", "grain", "torch", "orbax",

@@ -100,7 +100,7 @@ def tokenizer_program(config, source) -> Program:
   )
 
   def init() -> TrainState:
-    params = tokenizer_step.init_params(tokenizer, jax.random.key(config.seed))
+    params = tokenizer_step.init_params(tokenizer, _init_key(config))
     hits_SV = jnp.zeros((len(cfg.schedule), cfg.vocab_size))
     return TrainState.create(
       params, optimizer, use_ema=config.ema_decay > 0, code_hits_SV=hits_SV
@@ -151,7 +151,7 @@ def var_program(config, source, workdir: epath.Path) -> Program:
   jitted = jax.jit(step, donate_argnums=0)
 
   def init() -> TrainState:
-    params = var_step.init_params(var, jax.random.key(config.seed))
+    params = var_step.init_params(var, _init_key(config))
     return TrainState.create(params, optimizer, use_ema=config.ema_decay > 0)
 
   def prepare() -> None:
@@ -167,6 +167,11 @@ def var_program(config, source, workdir: epath.Path) -> Program:
     lambda state, batch: jitted(state, tokenizer_params, batch),
     prepare,
   )
+
+
+def _init_key(config) -> jax.Array:
+  # rbg: a hundred draws of the default generator take a minute to compile.
+  return jax.random.key(config.seed, impl="rbg")
 
 
 def config_to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
