@@ -236,7 +236,7 @@ def tokenizer_config() -> ml_collections.ConfigDict:
 
 def var_config(tokenizer_path: str = "") -> ml_collections.ConfigDict:
   """Return the transformer's config: 4 layers of 128, 1.2M parameters."""
-  config = _common("var", steps=1500, batch_size=32)
+  config = _common("var", steps=1200, batch_size=32)
   config.tokenizer_path = tokenizer_path
   config.ema_decay = 0.995
   config.model = section(
