@@ -136,6 +136,10 @@ BAD_DRAWS = [
   (dict(top_p=float("nan")), "top_p nan"),
   (dict(key=jax.random.split(KEY, 3)), r"keys of shape \(3,\) do not match"),
   (dict(key=0), "key 0 is no JAX key"),
+  (dict(top_k="a"), "top_k 'a' is not a number"),
+  (dict(top_p=None), "top_p None is not a number"),
+  (dict(guidance="a"), "guidance 'a' is not a number"),
+  (dict(labels_B=[[1], [2, 3]]), "labels are no array"),
   (dict(key=np.zeros(2)), "key is float64"),
 ]
 
@@ -173,6 +177,7 @@ def test_edits_that_make_no_sense_are_errors(change, message):
   "call, message",
   [
     (lambda m: m.encode(np.zeros((1, 48, 64, 3))), r"\(48, 64\) pixels"),
+    (lambda m: m.encode("x"), "images are no array"),
     (lambda m: m.encode(np.zeros((64, 64, 3))), r"give \[B, H, W, 3\]"),
     (lambda m: m.encode(np.zeros((1, 64, 64, 3), np.uint8)), "uint8"),
     (lambda m: m.encode(np.zeros((0, 64, 64, 3))), r"images are \(0, 64"),

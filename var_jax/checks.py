@@ -1,6 +1,7 @@
 """What the public API refuses: one line with value, limit and remedy."""
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ def labels(labels_B, cfg: VARConfig | None) -> jax.Array:
     raise ValueError(
       "this checkpoint is a tokenizer alone; load a transformer's workdir."
     )
-  labels_B = np.asarray(labels_B)
+  labels_B = _array(labels_B, "labels")
   if labels_B.ndim == 1 and not labels_B.size:
     raise ValueError("labels are empty; give at least one.")
   if labels_B.ndim != 1 or not np.issubdtype(labels_B.dtype, np.integer):
@@ -36,6 +37,13 @@ def labels(labels_B, cfg: VARConfig | None) -> jax.Array:
 
 def options(guidance, top_k, top_p, vocab_size: int) -> Options:
   """Return the options as traced numbers."""
+  for name, value in (
+    ("guidance", guidance),
+    ("top_k", top_k),
+    ("top_p", top_p),
+  ):
+    if not isinstance(value, numbers.Real | np.generic | jax.Array):
+      raise ValueError(f"{name} {value!r} is not a number; give one.")
   with np.errstate(over="ignore"):
     finite = np.isfinite(np.float32(guidance))
   if not finite:
@@ -72,7 +80,8 @@ def images(
   images_BHW3, schedule: ScaleSchedule, cfg: TokenizerConfig
 ) -> jax.Array:
   """Return images as float32."""
-  images_BHW3 = jnp.asarray(images_BHW3)
+  if not isinstance(images_BHW3, jax.Array):
+    images_BHW3 = _array(images_BHW3, "images")
   shape = images_BHW3.shape
   if len(shape) != 4 or shape[-1] != 3 or not shape[0]:
     raise ValueError(f"images are {shape}; give [B, H, W, 3].")
@@ -86,14 +95,14 @@ def images(
       f"images of {shape[1:3]} pixels do not fit scales {schedule.sizes}, "
       f"which need {wanted}; resize them."
     )
-  return images_BHW3.astype(jnp.float32)
+  return jnp.asarray(images_BHW3, jnp.float32)
 
 
 def tokens(
   tokens_BL, schedule: ScaleSchedule, cfg: TokenizerConfig
 ) -> jax.Array:
   """Return tokens as int32 [B, L]."""
-  tokens_BL = np.asarray(tokens_BL)
+  tokens_BL = _array(tokens_BL, "tokens")
   fits = tokens_BL.shape[1:] == (schedule.num_tokens,) and tokens_BL.size
   if not fits or not np.issubdtype(tokens_BL.dtype, np.integer):
     raise ValueError(
@@ -107,3 +116,16 @@ def tokens(
       "use ids of this tokenizer."
     )
   return jnp.asarray(tokens_BL, jnp.int32)
+
+
+def _array(value, name: str) -> np.ndarray:
+  """Return an array of numbers."""
+  try:
+    array = np.asarray(value)
+  except ValueError:  # ragged
+    array = np.asarray(None)
+  if array.dtype.kind not in "biuf" and array.dtype.kind != "V":
+    raise ValueError(
+      f"{name} are no array of numbers; give a JAX or NumPy one."
+    )
+  return array

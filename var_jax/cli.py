@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _fail(error, 2)
   except (ValueError, OSError) as error:
     return _fail(error, 1)
+  except (MemoryError, OverflowError) as error:
+    return _fail(f"too large for this machine ({error}); ask for less.", 1)
   except KeyboardInterrupt:
     return _fail("interrupted", 1)
   return 0
@@ -246,13 +248,13 @@ def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
   except ValueError:
     raise argparse.ArgumentTypeError(
-      f"{text!r} is not a list of integers like 3,7"
+      f"{text!r} is not a list of integers like 3,7 (or =-1,3)"
     ) from None
 
 
 def _count(text: str) -> int:
-  if not text.isdigit() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"{text!r} is not a count of 1 or more")
+  if not text.isdigit() or not 1 <= int(text) <= 10_000:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a count of 1..10000")
   return int(text)
 
 

@@ -33,7 +33,7 @@ def read_json(path: epath.PathLike) -> Any:
   path = epath.Path(path)
   try:
     return json.loads(path.read_text())
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     raise ValueError(f"{path} does not exist; check the path.") from None
   except ValueError as error:
     raise ValueError(

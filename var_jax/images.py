@@ -69,16 +69,22 @@ def read_image(path: epath.PathLike) -> np.ndarray:
       return to_float(np.asarray(image.convert("RGB")))
   except Exception as error:  # Pillow's errors share no base class
     raise ValueError(
-      f"image {path} cannot be read ({error}); give a PNG or JPEG file."
+      f"image {path} cannot be read ({type(error).__name__}); give a PNG or "
+      "JPEG file."
     ) from None
 
 
 def check_output(path: epath.PathLike) -> None:
-  """Raise ValueError unless `path` is named as a picture."""
+  """Raise ValueError unless a picture can be written to `path`."""
   suffix = pathlib.PurePath(path).suffix.lower()
   if suffix not in (".png", ".jpg", ".jpeg", ".webp"):
     raise ValueError(
       f"output {path} is not named as a picture; end it in .png."
+    )
+  folder = epath.Path(path).parent
+  if epath.Path(path).is_dir() or (folder.exists() and not folder.is_dir()):
+    raise ValueError(
+      f"output {path} cannot be a file there; name one inside a folder."
     )
 
 

@@ -120,6 +120,14 @@ def test_weights_of_another_architecture_are_an_error(workdir):
       ),
       "does not describe a model",
     ),
+    (lambda folder: (folder / "config.json").write_text("[]"), "version None"),
+    (
+      lambda folder: (folder / "config.json").write_text(
+        '{"format_version": 1, "tokenizer": "x", "transformer": null, '
+        '"class_names": [], "config": {}}'
+      ),
+      "does not describe a model",
+    ),
     (
       lambda folder: (folder / "checkpoints").rename(folder / "moved"),
       "no finished checkpoint",

@@ -49,7 +49,7 @@ class Description:
     """
     path = epath.Path(folder) / "config.json"
     content = files.read_json(path)
-    version = content.get("format_version")
+    version = content.get("format_version") if _is_dict(content) else None
     if version != FORMAT_VERSION:
       raise ValueError(
         f"{path} has format_version {version}, this code reads "
@@ -57,13 +57,15 @@ class Description:
       )
     try:
       transformer = content["transformer"]
+      if not _is_dict(content["config"]):
+        raise TypeError("config is no table")
       return cls(
         _dataclass(TokenizerConfig, content["tokenizer"]),
         transformer and _dataclass(VARConfig, transformer),
         tuple(content["class_names"]),
         content["config"],
       )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
       raise ValueError(
         f"{path} does not describe a model ({error}); restore it."
       ) from None
@@ -153,6 +155,11 @@ def read_models(
     abstract = {"params": torch_format.abstract_var(cfg)}
     transformer = _read_newest(folder, abstract, weights, sharding)
     folder = folder / "tokenizer"
+    if not folder.exists():
+      raise ValueError(
+        f"{folder} is missing: the frozen tokenizer of this transformer; "
+        "restore it from a copy of the workdir."
+      )
     # What was trained on is what decodes: the copy's own description counts.
     description = dataclasses.replace(
       description, tokenizer=Description.read(folder).tokenizer
@@ -222,6 +229,10 @@ def _readable(path: epath.Path):
       f"checkpoint {path} cannot be read ({reason[0][:200]}); delete it to "
       "fall back to an older step, or restore it from a copy."
     ) from error
+
+
+def _is_dict(value) -> bool:
+  return isinstance(value, dict)
 
 
 def _dataclass(cls, fields: dict[str, Any]):

@@ -21,6 +21,10 @@ import numpy as np
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
+# More than that is a mistake in the labels, not a dataset.
+MAX_CLASSES = 1_000_000
+
+
 class Source(Protocol):
   """A finite sequence of {"image": uint8 [H, W, 3], "label": int}."""
 
@@ -160,6 +164,11 @@ def _open_npz(path: pathlib.Path, split: str) -> ArraySource:
       f"{path}: label {labels.min()} is negative; count classes from 0."
     )
   num_classes = int(labels.max()) + 1
+  if num_classes > MAX_CLASSES:
+    raise ValueError(
+      f"{path}: label {labels.max()} makes more than {MAX_CLASSES} classes; "
+      "number them from 0 without gaps."
+    )
   names = arrays.get("class_names", np.arange(num_classes))
   if names.ndim != 1 or len(names) < num_classes:
     raise ValueError(

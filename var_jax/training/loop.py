@@ -61,6 +61,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     train=True,
     flip=config.data.flip,
   )
+  transform(source[0]["image"], np.random.default_rng(0))  # can be read
   if not (workdir / "config.json").exists():  # the last file of a new workdir
     program.prepare()
     program.description.write(workdir)
@@ -68,6 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
   try:
     start = checkpoints.latest_step() or 0
     if start >= config.steps:
+      print(f"{workdir} is already at step {start} of {config.steps}")
       return
     if start:
       state = _restore(checkpoints, start, program, config.data.batch_size)
@@ -283,8 +285,8 @@ def _check_config(config) -> None:
     raise ValueError(
       f"data.batch_size {config.data.batch_size} is below 1; use 1 or more."
     )
-  if config.seed < 0:
-    raise ValueError(f"seed {config.seed} is negative; use 0 or more.")
+  if not 0 <= config.seed < 2**32:
+    raise ValueError(f"seed {config.seed} is not in 0..2^32-1; use such a one.")
   if not 0.0 <= config.ema_decay < 1.0:
     raise ValueError(
       f"ema_decay {config.ema_decay} is not in [0, 1); 0 turns it off."
@@ -298,7 +300,10 @@ def _check_workdir(config, workdir: epath.Path) -> None:
     return
   there = _settings(store.Description.read(workdir).config)
   here = _settings(config_to_json(config))
-  for name in sorted(there.keys() | here.keys()):
+  names = sorted(
+    there.keys() | here.keys(), key=lambda name: (name != "kind", name)
+  )
+  for name in names:
     if name in FREE_KEYS or there.get(name) == here.get(name):
       continue
     if name == "tokenizer_path" and not here.get(name):

@@ -1,6 +1,7 @@
 """AdamW as VAR uses it: schedules, decay groups, global-norm clip."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 
@@ -40,9 +41,9 @@ class OptimizerConfig:
 
   def __post_init__(self):
     _hold_until(self.schedule)
-    if self.learning_rate <= 0:
+    if not 0 < self.learning_rate < math.inf:
       raise ValueError(
-        f"learning_rate {self.learning_rate} is not above 0; use more."
+        f"learning_rate {self.learning_rate} is not a rate above 0; use one."
       )
     for name in ("b1", "b2", "warmup_fraction"):
       if not 0.0 <= getattr(self, name) < 1.0:
