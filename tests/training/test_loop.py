@@ -150,7 +150,7 @@ def test_how_often_to_log_may_change(trained):
     ("steps", 0, "steps 0 is below 1"),
     ("ema_decay", 1.0, "ema_decay 1.0 is not in"),
     ("data.batch_size", 0, "data.batch_size 0 is below 1"),
-    ("seed", -1, "seed -1 is negative"),
+    ("seed", -1, "seed -1 is not in 0"),
     ("optimizer.clip_norm", -1.0, "clip_norm -1.0 is negative"),
     ("optimizer.warmup_fraction", 1.0, "warmup_fraction 1.0 is not in"),
     ("model.drop_path", 1.0, "drop_path 1.0 is not in"),
