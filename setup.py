@@ -41,6 +41,6 @@ setuptools.setup(
     "torch": ["torch"],
     "tensorboard": ["tensorboardX"],
     "app": ["gradio"],
-    "dev": ["pytest>=8", "pytest-xdist", "ruff"],
+    "dev": ["pytest>=8", "pytest-xdist", "ruff==0.17.*"],
   },
 )
