@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from var_jax.checkpoints import store
 from var_jax.data import pipeline, sources, transforms
@@ -298,8 +299,8 @@ def _check_workdir(config, workdir: epath.Path) -> None:
   path = workdir / "config.json"
   if not path.exists():
     return
-  there = _settings(store.Description.read(workdir).config)
-  here = _settings(config_to_json(config))
+  there = flatten_dict(store.Description.read(workdir).config, sep=".")
+  here = flatten_dict(config_to_json(config), sep=".")
   names = sorted(
     there.keys() | here.keys(), key=lambda name: (name != "kind", name)
   )
@@ -312,13 +313,3 @@ def _check_workdir(config, workdir: epath.Path) -> None:
       f"workdir {workdir} holds another config: {name} is {there.get(name)!r} "
       f"there and {here.get(name)!r} here; use a new --workdir."
     )
-
-
-def _settings(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= _settings(value, f"{prefix}{name}.")
-    else:
-      flat[prefix + name] = value
-  return flat

@@ -9,6 +9,7 @@ import jax
 import rich.console
 import rich.progress
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from var_jax import files
 
@@ -57,7 +58,10 @@ class Report:
 
   def write(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
     """Log the metrics of `step`, which this waits for."""
-    values = {k: float(v) for k, v in _flatten(jax.device_get(metrics)).items()}
+    values = {
+      k: float(v)
+      for k, v in flatten_dict(jax.device_get(metrics), sep="/").items()
+    }
     now = time.monotonic()
     if self._since is None:
       self._since = (now, step)
@@ -94,13 +98,3 @@ def _lines_up_to(path: epath.Path, step: int) -> list[str]:
     except ValueError:  # the line that a kill cut short
       continue
   return kept
-
-
-def _flatten(metrics, prefix: str = "") -> dict[str, float]:
-  flat = {}
-  for name, value in metrics.items():
-    if isinstance(value, Mapping):
-      flat |= _flatten(value, f"{prefix}{name}/")
-    else:
-      flat[prefix + name] = value
-  return flat
