@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import var_jax
-from var_jax.checkpoints import store
+from var_jax.checkpoints import store, weights
+from var_jax.checkpoints.description import Description
 from var_jax.generation import sampler
 
 KEY = jax.random.key(0)
@@ -228,12 +229,12 @@ def test_loads_that_make_no_sense_are_errors(tmp_path, options, message):
 def test_samples_are_the_same_on_eight_devices(tmp_path):
   """In a process of its own: the number of devices is fixed at the start."""
   models, params = golden_files.pair("A")
-  tokenizer = store.Description(models.tokenizer.cfg)
-  store.write_tokenizer(tmp_path, tokenizer, params.tokenizer)
+  tokenizer = Description(models.tokenizer.cfg)
+  weights.write_tokenizer(tmp_path, tokenizer, params.tokenizer)
   checkpoints = store.Store(tmp_path, keep=1)
   checkpoints.save(1, {"params": params.var}, position=0)
   checkpoints.close()
-  store.Description(models.tokenizer.cfg, models.var.cfg).write(tmp_path)
+  Description(models.tokenizer.cfg, models.var.cfg).write(tmp_path)
   code = f"""
 import jax, numpy as np, var_jax
 axes = (jax.sharding.AxisType.Auto,) * 2

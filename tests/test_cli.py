@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from var_jax import cli, images
-from var_jax.checkpoints import store
+from var_jax.checkpoints import store, weights
+from var_jax.checkpoints.description import Description
+from var_jax.commands import training
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -19,9 +21,9 @@ def workdir(tmp_path_factory):
   """The recorded pair A as a workdir."""
   folder = tmp_path_factory.mktemp("workdir")
   models, params = golden_files.pair("A")
-  description = store.Description(models.tokenizer.cfg, models.var.cfg)
-  alone = store.Description(models.tokenizer.cfg)
-  store.write_tokenizer(folder, alone, params.tokenizer)
+  description = Description(models.tokenizer.cfg, models.var.cfg)
+  alone = Description(models.tokenizer.cfg)
+  weights.write_tokenizer(folder, alone, params.tokenizer)
   checkpoints = store.Store(folder, keep=1)
   checkpoints.save(7, {"params": params.var}, position=0)
   checkpoints.close()
@@ -185,7 +187,7 @@ def test_bad_configs_are_one_line_and_leave_nothing(
 
 
 def test_overrides_reach_the_config():
-  config = cli.read_config(
+  config = training.read_config(
     f"{VAR}:d16",
     ["--config.optimizer.learning_rate=3e-4", "--config.data.flip=true"],
   )

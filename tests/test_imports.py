@@ -20,9 +20,19 @@ ALLOWED = {
   "files": set(),
   "images": {"files"},
   "checks": {"models", "generation"},
+  "stablehlo": {"api", "generation", "checkpoints", "files"},
   "api": {"models", "generation", "checkpoints", "checks"},
   "demo": {"api", "data", "models", "training", "files", "images"},
-  "cli": {"api", "demo", "training", "generation", "images"},
+  "commands": {
+    "api",
+    "demo",
+    "training",
+    "generation",
+    "images",
+    "checkpoints",
+    "stablehlo",
+  },
+  "cli": {"commands"},
   "__init__": {"api", "generation", "images", "models", "training"},
 }
 HEAVY = {

@@ -53,14 +53,14 @@ def load(
     ValueError: there is no checkpoint, or it cannot be read.
   """
   # Here and not above: sampling a model in memory needs no Orbax.
-  from var_jax.checkpoints import store
+  from var_jax.checkpoints.weights import read_models
 
   dtype = resolve_dtype(dtype)
   sharding = None
   if mesh is not None:
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  description, tokenizer_params, var_params = store.read_models(
-    path, weights=weights, sharding=sharding
+  description, tokenizer_params, var_params = read_models(
+    path, weights=weights, sharding=sharding, dtype=dtype
   )
   tokenizer = dataclasses.replace(description.tokenizer, dtype=dtype)
   var = description.transformer

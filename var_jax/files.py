@@ -1,6 +1,9 @@
 """Files that are there whole or not at all: written aside, then renamed."""
 
+import contextlib
+import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -39,3 +42,35 @@ def read_json(path: epath.PathLike) -> Any:
     raise ValueError(
       f"{path} is not valid JSON ({error}); restore it from a copy."
     ) from None
+
+
+@contextlib.contextmanager
+def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
+  """Give a folder to fill; it gets its name when all went well, or is gone.
+
+  Raises:
+    ValueError: there is something of that name already.
+  """
+  path = epath.Path(path).absolute()
+  check_new(path)
+  aside = path.with_name(f".{path.name}.partial")
+  aside.rmtree(missing_ok=True)  # what a killed process left
+  try:
+    aside.mkdir(parents=True)
+    yield aside
+    aside.rename(path)
+  except BaseException:
+    aside.rmtree(missing_ok=True)
+    raise
+
+
+def check_new(path: epath.PathLike) -> None:
+  """Raise ValueError if there is something of that name already."""
+  if epath.Path(path).exists():
+    raise ValueError(f"{path} exists already; give a new folder.")
+
+
+def sha256(path: epath.PathLike) -> str:
+  """Return the SHA-256 of a file's content, in hexadecimal."""
+  with epath.Path(path).open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

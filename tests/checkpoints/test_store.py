@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from var_jax.checkpoints import store
+from var_jax.checkpoints import store, weights
+from var_jax.checkpoints.description import Description
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.training import tokenizer_step
 
@@ -34,7 +35,7 @@ def variables():
 @pytest.fixture
 def workdir(tmp_path, variables):
   """A workdir with a tokenizer of steps 1 and 2."""
-  description = store.Description(CFG, None, ("a", "b"), {"seed": 0})
+  description = Description(CFG, None, ("a", "b"), {"seed": 0})
   description.write(tmp_path)
   checkpoints = store.Store(tmp_path, keep=2)
   for step in (1, 2):
@@ -45,12 +46,12 @@ def workdir(tmp_path, variables):
 
 
 def test_description_round_trips(workdir):
-  description = store.Description.read(workdir)
-  assert description == store.Description(CFG, None, ("a", "b"), {"seed": 0})
+  description = Description.read(workdir)
+  assert description == Description(CFG, None, ("a", "b"), {"seed": 0})
 
 
 def test_newest_step_is_read_and_ema_falls_back_to_raw(workdir, variables):
-  _, tokenizer, transformer = store.read_models(workdir, weights="ema")
+  _, tokenizer, transformer = weights.read_models(workdir, weights="ema")
   assert transformer is None
   jax.tree.map(
     lambda ours, x: np.testing.assert_array_equal(ours, 2 * x),
@@ -71,19 +72,23 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_weights_land_on_the_given_mesh(workdir):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  _, tokenizer, _ = store.read_models(workdir, sharding=sharding)
+  _, tokenizer, _ = weights.read_models(workdir, sharding=sharding)
   assert tokenizer["params"]["codebook"].sharding == sharding
 
 
 # Orbax drops its coroutines unawaited when one of them fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_truncated_checkpoint_is_one_line_that_names_it(workdir):
+def test_a_truncated_checkpoint_without_checksums_is_one_line_that_names_it(
+  workdir, caplog
+):
+  (workdir / "checkpoints" / "2" / "checksums.json").unlink()
   for path in (workdir / "checkpoints" / "2" / "params").rglob("*"):
     if path.is_file() and path.stat().st_size > 64:
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   with pytest.raises(ValueError, match="checkpoint .*2 cannot be read") as info:
-    store.read_models(workdir)
+    weights.read_models(workdir)
   assert "\n" not in str(info.value)
+  assert "not verified" in caplog.text
   del info
   gc.collect()
 
@@ -91,7 +96,7 @@ def test_a_truncated_checkpoint_is_one_line_that_names_it(workdir):
 def test_an_unfinished_save_is_not_read(workdir, variables):
   newest = workdir / "checkpoints" / "2"
   newest.rename(newest.with_name("2.orbax-checkpoint-tmp-17"))
-  _, tokenizer, _ = store.read_models(workdir)
+  _, tokenizer, _ = weights.read_models(workdir)
   np.testing.assert_array_equal(
     tokenizer["params"]["codebook"], variables["params"]["codebook"]
   )
@@ -102,7 +107,7 @@ def test_weights_of_another_architecture_are_an_error(workdir):
   content["tokenizer"]["vocab_size"] = 32
   (workdir / "config.json").write_text(json.dumps(content))
   with pytest.raises(ValueError, match="cannot be read"):
-    store.read_models(workdir)
+    weights.read_models(workdir)
 
 
 @pytest.mark.parametrize(
@@ -137,22 +142,22 @@ def test_weights_of_another_architecture_are_an_error(workdir):
 def test_a_folder_that_is_no_workdir_is_an_error(workdir, damage, message):
   damage(workdir)
   with pytest.raises(ValueError, match=message):
-    store.read_models(workdir)
+    weights.read_models(workdir)
 
 
 def test_an_interrupted_copy_of_the_tokenizer_leaves_no_folder(
   tmp_path, variables, monkeypatch
 ):
-  description = store.Description(CFG)
+  description = Description(CFG)
 
   def killed(self, folder):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(store.Description, "write", killed)
+  monkeypatch.setattr(Description, "write", killed)
   with pytest.raises(KeyboardInterrupt):
-    store.write_tokenizer(tmp_path, description, variables)
+    weights.write_tokenizer(tmp_path, description, variables)
   assert not (tmp_path / "tokenizer").exists()
   monkeypatch.undo()
-  store.write_tokenizer(tmp_path, description, variables)
-  _, tokenizer, _ = store.read_models(tmp_path / "tokenizer")
+  weights.write_tokenizer(tmp_path, description, variables)
+  _, tokenizer, _ = weights.read_models(tmp_path / "tokenizer")
   jax.tree.map(np.testing.assert_array_equal, tokenizer, variables)

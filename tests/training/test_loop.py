@@ -10,7 +10,7 @@ import pytest
 
 from configs import tokenizer as tokenizer_presets
 from configs import var as var_presets
-from var_jax.checkpoints import store
+from var_jax.checkpoints import weights
 from var_jax.training import loop, report
 
 
@@ -46,8 +46,8 @@ def trained(tmp_path_factory):
   return root / "tokenizer", root / "var"
 
 
-def weights(workdir, which="raw"):
-  _, tokenizer, transformer = store.read_models(workdir, weights=which)
+def newest(workdir, which="raw"):
+  _, tokenizer, transformer = weights.read_models(workdir, weights=which)
   return transformer or tokenizer
 
 
@@ -74,7 +74,7 @@ def test_resumed_tokenizer_equals_the_uninterrupted_one(trained, tmp_path):
   resumed = cut_back(trained[0], tmp_path / "again", step=2)
   loop.train(tokenizer_config(), resumed)
   jax.tree.map(
-    np.testing.assert_array_equal, weights(resumed), weights(trained[0])
+    np.testing.assert_array_equal, newest(resumed), newest(trained[0])
   )
   assert metrics(resumed) == metrics(trained[0])
 
@@ -86,8 +86,8 @@ def test_resumed_transformer_equals_the_uninterrupted_one(trained, tmp_path):
   for which in ("raw", "ema"):
     jax.tree.map(
       np.testing.assert_array_equal,
-      weights(resumed, which),
-      weights(trained[1], which),
+      newest(resumed, which),
+      newest(trained[1], which),
     )
   assert metrics(resumed) == metrics(trained[1])
   assert [record["step"] for record in metrics(resumed)] == [1, 2, 3, 4, 5, 6]
@@ -102,16 +102,16 @@ def test_a_finished_run_does_nothing_more(trained):
 def test_ema_and_raw_weights_differ(trained):
   differences = jax.tree.map(
     lambda a, b: np.abs(a - b).max(),
-    weights(trained[1], "ema"),
-    weights(trained[1], "raw"),
+    newest(trained[1], "ema"),
+    newest(trained[1], "raw"),
   )
   assert max(jax.tree.leaves(differences)) > 0
 
 
 def test_the_tokenizer_in_a_transformer_workdir_is_the_averaged_one(trained):
-  _, tokenizer, _ = store.read_models(trained[1])
+  _, tokenizer, _ = weights.read_models(trained[1])
   jax.tree.map(
-    np.testing.assert_array_equal, tokenizer, weights(trained[0], "ema")
+    np.testing.assert_array_equal, tokenizer, newest(trained[0], "ema")
   )
 
 
@@ -192,8 +192,8 @@ def test_a_copy_that_an_interrupted_start_left_is_replaced(trained, tmp_path):
   loop.train(config, tmp_path)
   jax.tree.map(
     np.testing.assert_array_equal,
-    store.read_models(tmp_path)[1],
-    weights(trained[0], "ema"),
+    weights.read_models(tmp_path)[1],
+    newest(trained[0], "ema"),
   )
 
 

@@ -7,8 +7,10 @@ are scanned over layers and our phis lie in one array. NumPy only: reading and
 writing the files is somebody else's work.
 """
 
+import collections
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -48,9 +50,10 @@ _TOKENIZER_NAMES = (
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight"}
 
 # Tensors of the official files that are no parameters.
+CODE_HITS = "quantize.ema_vocab_hit_SV"
 _BUFFERS = re.compile(
   r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias"
-  r"|quantize\.ema_vocab_hit_SV"
+  rf"|{re.escape(CODE_HITS)}"
 )
 
 
@@ -75,6 +78,7 @@ def tokenizer_entries(cfg: TokenizerConfig) -> Iterator[Entry]:
   return _entries(abstract_tokenizer(cfg), _TOKENIZER_NAMES, phi)
 
 
+@functools.cache
 def abstract_var(cfg: VARConfig) -> dict[str, Any]:
   """Return the parameter tree of a transformer as shapes and dtypes."""
   inputs_1lZ = jnp.zeros((1, 0, cfg.latent_channels))
@@ -83,6 +87,7 @@ def abstract_var(cfg: VARConfig) -> dict[str, Any]:
   return init["params"]
 
 
+@functools.cache
 def abstract_tokenizer(cfg: TokenizerConfig) -> dict[str, Any]:
   """Return the parameter tree of a tokenizer as shapes and dtypes."""
   image_1HW3 = jnp.zeros((1, *cfg.image_shape, 3))
@@ -90,58 +95,137 @@ def abstract_tokenizer(cfg: TokenizerConfig) -> dict[str, Any]:
   return init["params"]
 
 
+def is_buffer(name: str) -> bool:
+  """Return whether an official tensor is none of the parameters."""
+  return bool(_BUFFERS.fullmatch(name))
+
+
 def to_official(
-  params: Mapping[str, Any], entries: Iterator[Entry]
+  params: Mapping[str, Any], entries: Iterable[Entry]
 ) -> dict[str, np.ndarray]:
   """Return the official state dict, without buffers."""
-  flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
-  tensors = {}
+  return dict(
+    official_tensors(flax.traverse_util.flatten_dict(params, sep="/"), entries)
+  )
+
+
+def official_tensors(
+  arrays: Mapping[str, np.ndarray], entries: Iterable[Entry]
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yield the official (name, tensor) of `entries`.
+
+  Args:
+    arrays: our parameters by path; those that `entries` name.
+  """
   for entry in entries:
-    array = np.asarray(flat[entry.path])
+    array = np.asarray(arrays[entry.path])
     if entry.index is not None:
       array = array[entry.index]
-    tensors[entry.official] = _to_layout(entry, array)
-  return tensors
+    yield entry.official, _to_layout(entry, array)
 
 
 def from_official(
-  tensors: Mapping[str, np.ndarray], entries: Iterator[Entry]
+  tensors: Mapping[str, np.ndarray], entries: Iterable[Entry]
 ) -> dict[str, Any]:
-  """Return our parameter tree.
+  """Return our parameter tree; each tensor is read and copied once.
 
   Raises:
-    ValueError: a tensor is missing, unknown, or of the wrong shape.
+    ValueError: a tensor is missing, unknown, of the wrong shape or dtype, or
+      holds numbers that are not finite.
   """
-  unknown = {name for name in tensors if not _BUFFERS.fullmatch(name)}
-  stacks: dict[str, list] = {}
+  entries = list(entries)
+  known = {entry.official for entry in entries}
   for entry in entries:
     if entry.official not in tensors:
       raise ValueError(
         f"tensor {entry.official} is missing; give the complete state dict "
         "of this architecture."
       )
-    array = np.asarray(tensors[entry.official])
-    wanted = _to_layout(entry, np.empty(entry.shape, np.bool_)).shape
-    if array.shape != wanted:
-      raise ValueError(
-        f"tensor {entry.official} has shape {array.shape}, the architecture "
-        f"{wanted}; check depth, width, codebook and scales."
-      )
-    unknown.discard(entry.official)
-    array = _from_layout(entry, array)
-    stacks.setdefault(entry.path, []).append((entry.index, array))
+  unknown = [
+    name for name in tensors if name not in known and not is_buffer(name)
+  ]
   if unknown:
     raise ValueError(
       f"tensor {min(unknown)} has no place in this architecture "
       f"({len(unknown)} such); check shared AdaLN, phi mode and depth."
     )
-  flat = {
-    path: np.stack([array for _, array in rows])
-    if rows[0][0] is not None
-    else rows[0][1]
-    for path, rows in stacks.items()
+  stacked = collections.Counter(
+    entry.path for entry in entries if entry.index is not None
+  )
+  arrays: dict[str, np.ndarray] = {}
+  for entry in entries:
+    tensor = tensors[entry.official]
+    wanted = _to_layout(entry, np.empty(entry.shape, np.bool_)).shape
+    if tensor.shape != wanted:
+      raise ValueError(
+        f"tensor {entry.official} has shape {tensor.shape}, the architecture "
+        f"{wanted}; check depth, width, codebook and scales."
+      )
+    _check_numbers(entry.official, tensor)
+    if entry.index is None:
+      arrays[entry.path] = np.array(_from_layout(entry, tensor), order="C")
+      continue
+    if entry.path not in arrays:
+      shape = (stacked[entry.path], *entry.shape)
+      arrays[entry.path] = np.empty(shape, np.float32)
+    arrays[entry.path][entry.index] = _from_layout(entry, tensor)
+  return flax.traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def var_buffers(cfg: VARConfig) -> dict[str, np.ndarray]:
+  """Return what an official transformer file holds besides parameters."""
+  mask_LL = cfg.schedule.block_causal_mask()
+  bias_LL = np.where(mask_LL, np.float32(0), np.float32(-np.inf))
+  buffers = {
+    "lvl_1L": cfg.schedule.level_ids().astype(np.int64)[None],
+    "attn_bias_for_masking": bias_LL[None, None],
   }
-  return flax.traverse_util.unflatten_dict(flat, sep="/")
+  # VAR: q and v have a bias, k a buffer of zeros in its place.
+  for r in range(cfg.depth):
+    name = f"blocks.{r}.attn.zero_k_bias"
+    buffers[name] = np.zeros(cfg.width, np.float32)
+  return buffers
+
+
+def check_var_buffers(
+  tensors: Mapping[str, np.ndarray], cfg: VARConfig
+) -> None:
+  """Raise ValueError where a buffer of the file is not what we compute."""
+  for name, expected in var_buffers(cfg).items():
+    if name in tensors and not np.array_equal(tensors[name], expected):
+      raise ValueError(
+        f"tensor {name} is not the one of scales {cfg.scales}; models with "
+        "another attention mask or a bias of k are not VAR."
+      )
+
+
+def code_hits(
+  tensors: Mapping[str, np.ndarray], cfg: TokenizerConfig
+) -> np.ndarray | None:
+  """Return the moving count of code uses, [S, V], if the file holds it."""
+  if CODE_HITS not in tensors:
+    return None
+  hits_SV = tensors[CODE_HITS]
+  wanted = (len(cfg.scales), cfg.vocab_size)
+  if hits_SV.shape != wanted:
+    raise ValueError(
+      f"tensor {CODE_HITS} has shape {hits_SV.shape}, the architecture "
+      f"{wanted}; give a list of {hits_SV.shape[0]} scales."
+    )
+  _check_numbers(CODE_HITS, hits_SV)
+  return hits_SV
+
+
+def _check_numbers(name: str, tensor: np.ndarray) -> None:
+  if tensor.dtype != np.float32:
+    raise ValueError(
+      f"tensor {name} is {tensor.dtype}, the official files are float32; "
+      "convert it with .float() first."
+    )
+  if not np.isfinite(tensor).all():
+    raise ValueError(
+      f"tensor {name} holds NaN or infinity; give weights of a sound run."
+    )
 
 
 def _entries(abstract, table, phi) -> Iterator[Entry]:

@@ -16,7 +16,8 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from var_jax.checkpoints import store
+from var_jax.checkpoints import store, weights
+from var_jax.checkpoints.description import Description
 from var_jax.data import pipeline, sources, transforms
 from var_jax.models.layers import resolve_dtype
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -32,7 +33,7 @@ FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints")
 class Program(NamedTuple):
   """What the loop needs to know of the thing it trains."""
 
-  description: store.Description
+  description: Description
   init: Callable[[], TrainState]
   step: Callable[[TrainState, Mapping], tuple[TrainState, Mapping]]
   prepare: Callable[[], None]  # writes what a new workdir needs
@@ -109,7 +110,7 @@ def tokenizer_program(config, source) -> Program:
       params, optimizer, use_ema=config.ema_decay > 0, code_hits_SV=hits_SV
     )
 
-  description = store.Description(
+  description = Description(
     cfg, None, source.class_names, config_to_json(config)
   )
   return Program(
@@ -131,7 +132,7 @@ def var_program(config, source, workdir: epath.Path) -> Program:
       "tokenizer_path is empty; set config.tokenizer_path to the workdir of a "
       "trained tokenizer."
     )
-  described, tokenizer_params, _ = store.read_models(path)
+  described, tokenizer_params, _ = weights.read_models(path)
   tokenizer = Tokenizer(described.tokenizer)
   cfg = _build(
     VARConfig,
@@ -159,9 +160,9 @@ def var_program(config, source, workdir: epath.Path) -> Program:
 
   def prepare() -> None:
     if not copied:
-      store.write_tokenizer(workdir, described, tokenizer_params)
+      weights.write_tokenizer(workdir, described, tokenizer_params)
 
-  description = store.Description(
+  description = Description(
     tokenizer.cfg, var.cfg, source.class_names, config_to_json(config)
   )
   return Program(
@@ -299,7 +300,7 @@ def _check_workdir(config, workdir: epath.Path) -> None:
   path = workdir / "config.json"
   if not path.exists():
     return
-  there = flatten_dict(store.Description.read(workdir).config, sep=".")
+  there = flatten_dict(Description.read(workdir).config, sep=".")
   here = flatten_dict(config_to_json(config), sep=".")
   names = sorted(
     there.keys() | here.keys(), key=lambda name: (name != "kind", name)

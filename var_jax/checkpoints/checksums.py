@@ -1,0 +1,109 @@
+"""checksums.json: what every file of a folder was when it was written.
+
+It is written last, before the folder gets its name, so a folder that is there
+has it. A disk that rots or a copy that was cut short is found before the
+weights are used.
+"""
+
+import concurrent.futures
+import logging
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+from var_jax import files
+
+NAME = "checksums.json"
+
+# Orbax touches these after the rest is finished.
+_TOUCHED_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+def write(folder: epath.PathLike, architecture: str | None = None) -> None:
+  """Write the SHA-256 of all files beneath `folder` into checksums.json.
+
+  Args:
+    architecture: digest of the description that the weights belong to.
+  """
+  folder = epath.Path(folder)
+  names = sorted(_names(folder))
+  content = {
+    "architecture": architecture,
+    "sha256": dict(zip(names, _digests(folder, names), strict=True)),
+  }
+  files.write_json(folder / NAME, content)
+
+
+def verify(folder: epath.PathLike, architecture: str | None = None) -> None:
+  """Check `folder` against its checksums.json.
+
+  Each of several processes reads its share of the files.
+
+  Raises:
+    ValueError: a file is missing or is not what it was, or the weights belong
+      to another architecture.
+  """
+  folder = epath.Path(folder)
+  if not (folder / NAME).exists():
+    logging.getLogger(__name__).warning(
+      "%s has no %s: what is loaded from it is not verified.", folder, NAME
+    )
+    return
+  recorded = files.read_json(folder / NAME)
+  try:
+    sha256, belongs_to = dict(recorded["sha256"]), recorded["architecture"]
+  except (KeyError, TypeError, ValueError):
+    raise ValueError(
+      f"{folder / NAME} lists no checksums; restore it from a copy."
+    ) from None
+  if architecture and belongs_to and architecture != belongs_to:
+    raise ValueError(
+      f"{folder} was written for another architecture than its config.json "
+      "describes; restore config.json from a copy."
+    )
+  names = sorted(sha256)[jax.process_index() :: jax.process_count()]
+  for name, digest in zip(names, _digests(folder, names), strict=True):
+    if digest != sha256[name]:
+      state = "is missing" if digest is None else "is not what was written"
+      raise ValueError(
+        f"{folder / name} {state} ({NAME} says {sha256[name][:12]}..); "
+        "restore it from a copy, or delete this step to use an older one."
+      )
+
+
+def verify_file(path: epath.PathLike) -> None:
+  """Check a single file, where a checksums.json beside it names it.
+
+  Raises:
+    ValueError: it is not what it was.
+  """
+  path = epath.Path(path)
+  listing = path.parent / NAME
+  if not listing.exists():
+    return
+  recorded = files.read_json(listing)
+  known = recorded.get("sha256", {}) if isinstance(recorded, dict) else {}
+  if known.get(path.name, digest := files.sha256(path)) != digest:
+    raise ValueError(
+      f"{path} is not what was written ({listing.name} says "
+      f"{known[path.name][:12]}..); restore it from a copy."
+    )
+
+
+def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from _names(path, f"{prefix}{path.name}/")
+    elif path.name not in (NAME, *_TOUCHED_LATER):
+      yield prefix + path.name
+
+
+def _digests(folder: epath.Path, names: list[str]) -> list[str | None]:
+  def digest(name: str) -> str | None:
+    path = folder / name
+    return files.sha256(path) if path.is_file() else None
+
+  # Hashing lets go of the interpreter's lock.
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(digest, names))

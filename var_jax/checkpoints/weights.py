@@ -1,0 +1,263 @@
+"""Weights in a workdir, read for use and written outside of training.
+
+`store.py` shows the layout. Reading goes straight to devices, writing straight
+from NumPy arrays: neither makes a second copy of a large model on the host.
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from var_jax import files
+from var_jax.checkpoints import checksums, torch_format
+from var_jax.checkpoints.description import Description, architecture_digest
+from var_jax.models.tokenizer import TokenizerConfig
+
+CHUNK_BYTES = 64 * 2**20  # of a file; who wants a slice reads no more
+PART_BYTES = 256 * 2**20  # small parameters are read together
+
+# Parameters that meet nothing but a product in `dtype`: nn.Dense and nn.Conv
+# would cast them at each use. The encoder and all norms stay float32.
+_ONLY_MULTIPLIED = re.compile(
+  r"params/(blocks/(attn|ffn)/\w+|(shared_|head_)?ada/linear"
+  r"|decoder/(?!.*norm)[\w/]+)/(kernel|bias)"
+)
+
+
+def read_models(
+  folder: epath.PathLike,
+  *,
+  weights: str = "ema",
+  sharding: jax.sharding.Sharding | None = None,
+  dtype: str = "float32",
+) -> tuple[Description, Any, Any]:
+  """Return (description, tokenizer variables, transformer variables or None).
+
+  Arrays go to their devices as they are read: the host never holds all.
+
+  Args:
+    folder: a workdir; its newest step is read.
+    weights: "ema", which falls back to "raw" where none was kept, or "raw".
+    sharding: of every parameter; the first device by default.
+    dtype: what parameters that are only ever multiplied in this dtype are
+      held in; the others are float32.
+
+  Raises:
+    ValueError: there is no checkpoint, it cannot be read, or it is not what
+      was written.
+  """
+  if weights not in ("ema", "raw"):
+    raise ValueError(f"weights {weights!r} is not known; use ema or raw.")
+  folder = epath.Path(folder).absolute()
+  description = Description.read(folder)
+  transformer = None
+  if cfg := description.transformer:
+    abstract = {"params": torch_format.abstract_var(cfg)}
+    transformer = _read_newest(folder, abstract, weights, sharding, dtype)
+    folder = tokenizer_folder(folder)
+    # What was trained on is what decodes: the copy's own description counts.
+    description = dataclasses.replace(
+      description, tokenizer=Description.read(folder).tokenizer
+    )
+  abstract = {"params": torch_format.abstract_tokenizer(description.tokenizer)}
+  tokenizer = _read_newest(folder, abstract, weights, sharding, dtype)
+  return description, tokenizer, transformer
+
+
+def tokenizer_folder(workdir: epath.PathLike) -> epath.Path:
+  """Return where the frozen tokenizer of a transformer lies."""
+  folder = epath.Path(workdir).absolute() / "tokenizer"
+  if not folder.exists():
+    raise ValueError(
+      f"{folder} is missing: the frozen tokenizer of this transformer; "
+      "restore it from a copy of the workdir."
+    )
+  return folder
+
+
+def read_parts(
+  folder: epath.PathLike, abstract: Any, weights: str
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yield all parameters of the newest step by path, a part at a time.
+
+  The largest come first, so that with what the caller keeps of each part
+  memory peaks at little more than all of them.
+
+  Args:
+    folder: a workdir; `checksums.verify` is the caller's.
+    abstract: the parameter tree, as `torch_format.abstract_var` returns it.
+  """
+  item = _newest_item(epath.Path(folder), weights)
+  flat = flax.traverse_util.flatten_dict(abstract, sep="/")
+  part, size = {}, 0
+  for path in sorted(flat, key=lambda path: -flat[path].size):
+    part[path] = flat[path]
+    size += flat[path].size * 4
+    if size >= PART_BYTES:
+      yield _read_arrays(item, part)
+      part, size = {}, 0
+  if part:
+    yield _read_arrays(item, part)
+
+
+def read_code_hits(folder: epath.PathLike, cfg: TokenizerConfig):
+  """Return the moving count of code uses [S, V], None where none was kept."""
+  folder = epath.Path(folder)
+  item = folder / "checkpoints" / str(_newest_step(folder)) / "training"
+  if not item.exists():
+    return None
+  shape = (len(cfg.scales), cfg.vocab_size)
+  wanted = {"code_hits_SV": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  with readable(item), ocp.Checkpointer(_handler()) as checkpointer:
+    restore_args = {"code_hits_SV": ocp.RestoreArgs(restore_type=np.ndarray)}
+    found = checkpointer.restore(
+      item,
+      args=ocp.args.PyTreeRestore(wanted, restore_args, partial_restore=True),
+    )
+  return found["code_hits_SV"]
+
+
+def verify(folder: epath.PathLike) -> None:
+  """Raise ValueError unless the newest step is what was written."""
+  folder = epath.Path(folder)
+  step = folder / "checkpoints" / str(_newest_step(folder))
+  checksums.verify(step, architecture_digest(folder))
+
+
+def write_model(
+  folder: epath.PathLike,
+  description: Description,
+  variables: Any,
+  code_hits_SV: np.ndarray | None = None,
+) -> None:
+  """Fill an empty folder with a model that is not in training, as step 0.
+
+  NumPy arrays are written from where they lie: no second copy is made.
+  """
+  folder = epath.Path(folder).absolute()
+  step = folder / "checkpoints" / "0"
+  step.mkdir(parents=True)
+  items = {"params": variables}
+  if code_hits_SV is not None:
+    items["training"] = {"code_hits_SV": code_hits_SV}
+  with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
+    for name, tree in items.items():
+      chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+      save_args = jax.tree.map(lambda _, chunks=chunks: chunks, tree)
+      checkpointer.save(
+        step / name, args=ocp.args.PyTreeSave(tree, save_args=save_args)
+      )
+  description.write(folder)
+  checksums.write(step, architecture_digest(folder))
+
+
+def write_tokenizer(
+  workdir: epath.PathLike,
+  description: Description,
+  variables: Any,
+  code_hits_SV: np.ndarray | None = None,
+) -> None:
+  """Put a frozen tokenizer into a transformer's workdir, or nothing."""
+  folder = epath.Path(workdir) / "tokenizer"
+  # Without the workdir's config.json, what an interrupted start left.
+  folder.rmtree(missing_ok=True)
+  with files.new_folder(folder) as aside:
+    write_model(aside, description, variables, code_hits_SV)
+
+
+def _read_newest(folder, abstract, weights, sharding, dtype):
+  verify(folder)
+  item = _newest_item(folder, weights)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def like(path, leaf):
+    name = "/".join(key.key for key in path)
+    held_in = dtype if _ONLY_MULTIPLIED.fullmatch(name) else leaf.dtype
+    return jax.ShapeDtypeStruct(leaf.shape, held_in, sharding=sharding)
+
+  abstract = jax.tree_util.tree_map_with_path(like, abstract)
+  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  with readable(item), ocp.Checkpointer(_handler()) as checkpointer:
+    return checkpointer.restore(
+      item, args=ocp.args.PyTreeRestore(abstract, restore_args)
+    )
+
+
+def _read_arrays(item, wanted: Mapping[str, jax.ShapeDtypeStruct]):
+  """Return some parameters by path, as NumPy arrays."""
+  tree = {"params": flax.traverse_util.unflatten_dict(dict(wanted), sep="/")}
+  restore_args = jax.tree.map(
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+  )
+  with readable(item), ocp.Checkpointer(_handler()) as checkpointer:
+    found = checkpointer.restore(
+      item,
+      args=ocp.args.PyTreeRestore(tree, restore_args, partial_restore=True),
+    )
+  return flax.traverse_util.flatten_dict(found["params"], sep="/")
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+  """Return what reads and writes trees without a second copy of them."""
+  handlers = ocp.type_handlers
+  return ocp.PyTreeCheckpointHandler(
+    use_ocdbt=False,  # it gathers a whole tree before it writes; reads both
+    save_concurrent_gb=1,
+    restore_concurrent_gb=1,
+    type_handler_registry=handlers.create_type_handler_registry(
+      (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
+      (jax.Array, handlers.ArrayHandler()),
+    ),
+  )
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Keep Orbax from warning that it does not gather what we want apart."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+def _newest_item(folder: epath.Path, weights: str) -> epath.Path:
+  path = folder / "checkpoints" / str(_newest_step(folder))
+  has_ema = weights == "ema" and (path / "ema").exists()
+  return path / ("ema" if has_ema else "params")
+
+
+def _newest_step(folder: epath.Path) -> int:
+  steps = []
+  if (checkpoints := folder / "checkpoints").exists():
+    steps = ocp.utils.checkpoint_steps(checkpoints)
+  if not steps:
+    raise ValueError(
+      f"{folder} holds no finished checkpoint; train until the first save."
+    )
+  return max(steps)
+
+
+@contextlib.contextmanager
+def readable(path: epath.Path):
+  """Turn what Orbax raises on damaged files into one line."""
+  try:
+    yield
+  except Exception as error:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    raise ValueError(
+      f"checkpoint {path} cannot be read ({reason[0][:200]}); delete it to "
+      "fall back to an older step, or restore it from a copy."
+    ) from error

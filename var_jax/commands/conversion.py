@@ -1,0 +1,144 @@
+"""`var-jax convert`."""
+
+from var_jax.commands.arguments import UsageError, count, scales
+
+
+def add(commands) -> None:
+  """Add the parser of the command."""
+  convert = commands.add_parser(
+    "convert", help="official PyTorch weights in, our models out"
+  )
+  convert.add_argument("--output", required=True, help="a new folder")
+  convert.add_argument(
+    "--verify", action="store_true", help="read back, compare, print a table"
+  )
+  source = convert.add_argument_group(
+    "in", "a .pth or .safetensors file, a hub folder or a hub id"
+  )
+  source.add_argument("--vae", help="the tokenizer")
+  source.add_argument("--var", help="the transformer, or a file with both")
+  source.add_argument(
+    "--heads", type=count, help="where QK normalisation is off"
+  )
+  source.add_argument(
+    "--scales", type=scales, help="of a tokenizer alone, like 1,2,3,4"
+  )
+  source.add_argument("--distance", choices=("euclidean", "cosine"))
+  source.add_argument(
+    "--quant-resi", type=float, help="r of phi, 0.5 if unsaid"
+  )
+  target = convert.add_argument_group("out")
+  target.add_argument("--checkpoint", help="a workdir")
+  target.add_argument(
+    "--to", choices=("torch", "safetensors", "hf", "stablehlo")
+  )
+  target.add_argument("--weights", choices=("ema", "raw"), help="ema if unsaid")
+  target.add_argument(
+    "--batch",
+    type=count,
+    help="of stablehlo programs, 1 if unsaid",
+  )
+  convert.set_defaults(run=_convert)
+
+
+def _convert(args) -> None:
+  if args.checkpoint:
+    if not args.to:
+      raise UsageError("--checkpoint needs --to; see var-jax convert --help.")
+    _refuse(args, "--checkpoint", *IN_FLAGS)
+    if args.to == "stablehlo":
+      _refuse(args, "--to stablehlo", "verify")
+      _export_programs(args)
+    else:
+      _refuse(args, f"--to {args.to}", "batch")
+      _export(args)
+  elif args.vae or args.var:
+    _refuse(args, "--vae and --var", "to", "weights", "batch")
+    _import(args)
+  else:
+    raise UsageError(
+      "nothing to convert; give --vae and --var, or --checkpoint and --to."
+    )
+
+
+IN_FLAGS = ("vae", "var", "heads", "scales", "distance", "quant_resi")
+
+
+def _refuse(args, given: str, *flags: str) -> None:
+  for name in flags:
+    if getattr(args, name) not in (None, False):
+      raise UsageError(
+        f"--{name.replace('_', '-')} does not go with {given}; leave it out."
+      )
+
+
+def _import(args) -> None:
+  from var_jax.checkpoints import architecture, convert, verify
+
+  said = architecture.Settings(
+    heads=args.heads,
+    scales=args.scales,
+    distance=args.distance,
+    quant_resi=args.quant_resi,
+  )
+  rows = []
+
+  def check(folder, source):
+    if args.verify:
+      rows.extend(verify.imported(folder, source))
+
+  description = convert.import_official(
+    args.vae, args.var, args.output, said, check
+  )
+  _print_table(rows)
+  what = "tokenizer and transformer" if description.transformer else "tokenizer"
+  print(f"wrote {what} to {args.output}")
+
+
+def _export(args) -> None:
+  from var_jax.checkpoints import convert, verify
+
+  which = args.weights or "ema"
+  rows = []
+
+  def check(folder):
+    if args.verify:
+      rows.extend(verify.exported(folder, args.checkpoint, which))
+
+  fixed = convert.export_official(
+    args.checkpoint, args.output, args.to, which, check
+  )
+  _print_table(rows)
+  if fixed:
+    print(
+      "note: the official tokenizer class has other fixed settings and would "
+      f"not load this: {', '.join(fixed)}"
+    )
+  print(f"wrote {args.output}")
+
+
+def _export_programs(args) -> None:
+  from var_jax import stablehlo
+
+  names = stablehlo.export(
+    args.checkpoint,
+    args.output,
+    batch=args.batch or 1,
+    weights=args.weights or "ema",
+  )
+  print(
+    f"wrote {' and '.join(names)} of batch {args.batch or 1} to {args.output}"
+  )
+
+
+def _print_table(rows) -> None:
+  if not rows:
+    return
+  import rich.console
+  import rich.table
+
+  table = rich.table.Table("", "tensors", "parameters", "largest difference")
+  for row in rows:
+    counts = ("" if n is None else f"{n:,}" for n in row[1:3])
+    table.add_row(row.what, *counts, row.difference)
+  rich.console.Console().print(table)

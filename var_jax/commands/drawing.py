@@ -1,0 +1,99 @@
+"""`var-jax sample` and `var-jax edit`."""
+
+from var_jax.commands.arguments import box, count, integers, seed
+
+
+def add(commands) -> None:
+  """Add the parsers of the commands."""
+  sample = commands.add_parser("sample", help="draw images")
+  sample.add_argument("--checkpoint", required=True, help="a workdir")
+  sample.add_argument(
+    "--labels",
+    type=integers,
+    required=True,
+    help="3,7; unconditional is -1, as in --labels=-1,3",
+  )
+  sample.add_argument("--count", type=count, default=4, help="a label")
+  sample.add_argument("--output", required=True, help="a .png file")
+  sample.add_argument(
+    "--show-scales", action="store_true", help="each image after each scale"
+  )
+  _add_drawing(sample)
+  sample.set_defaults(run=_sample)
+
+  edit = commands.add_parser("edit", help="in- or outpaint an image")
+  edit.add_argument("--checkpoint", required=True, help="a workdir")
+  edit.add_argument("--image", required=True, help="of the model's resolution")
+  edit.add_argument(
+    "--box", type=box, required=True, help="y0,x0,y1,x1 as fractions"
+  )
+  edit.add_argument("--mode", choices=("inpaint", "outpaint"), required=True)
+  edit.add_argument("--label", type=int, default=-1, help="%(default)s")
+  edit.add_argument("--method", default="official", help="%(default)s")
+  edit.add_argument("--output", required=True, help="a .png file")
+  _add_drawing(edit)
+  edit.set_defaults(run=_edit)
+
+
+def _add_drawing(parser) -> None:
+  parser.add_argument("--guidance", type=float, default=1.5, help="%(default)s")
+  parser.add_argument("--top-k", type=int, default=900, help="%(default)s")
+  parser.add_argument("--top-p", type=float, default=0.96, help="%(default)s")
+  parser.add_argument("--seed", type=seed, default=0, help="%(default)s")
+  parser.add_argument(
+    "--smooth", action="store_true", help="mix codes instead of drawing them"
+  )
+
+
+def _sample(args) -> None:
+  import jax
+  import numpy as np
+
+  from var_jax import api, images
+
+  images.check_output(args.output)
+  model = api.load(args.checkpoint)
+  labels = np.repeat(args.labels, args.count)
+  draw = (labels, jax.random.key(args.seed))
+  if args.show_scales:
+    previews = [p.preview_BHW3 for p in model.stream(*draw, **_drawing(args))]
+    rows = images.to_uint8(np.stack(previews, axis=1))
+    names = [str(label) for label in labels]
+  else:
+    pixels = images.to_uint8(model.sample(*draw, **_drawing(args)).images_BHW3)
+    rows = pixels.reshape(-1, args.count, *pixels.shape[1:])
+    names = [str(label) for label in args.labels]
+  images.write_image(args.output, images.grid(rows, names))
+  print(f"wrote {len(labels)} images to {args.output}")
+
+
+def _edit(args) -> None:
+  import jax
+  import numpy as np
+
+  from var_jax import api, images
+  from var_jax.generation.edit import box_mask
+
+  images.check_output(args.output)
+  model = api.load(args.checkpoint)
+  image = images.read_image(args.image)
+  keep_hw = box_mask(args.box, model.config.tokenizer.schedule.grid, args.mode)
+  sample = model.edit(
+    image[None],
+    keep_hw,
+    np.array([args.label]),
+    jax.random.key(args.seed),
+    method=args.method,
+    **_drawing(args),
+  )
+  images.write_image(args.output, images.to_uint8(sample.images_BHW3)[0])
+  print(f"wrote {args.output}")
+
+
+def _drawing(args) -> dict:
+  return dict(
+    guidance=args.guidance,
+    top_k=args.top_k,
+    top_p=args.top_p,
+    smooth=args.smooth,
+  )

@@ -1,0 +1,97 @@
+"""`var-jax demo` and `var-jax train`."""
+
+import difflib
+import pathlib
+import runpy
+from collections.abc import Sequence
+
+from var_jax.commands.arguments import UsageError
+
+
+def add(commands) -> None:
+  """Add the parsers of the commands."""
+  demo = commands.add_parser(
+    "demo", help="train a tokenizer and a VAR on the embedded digits"
+  )
+  demo.add_argument("--workdir", default="runs/demo", help="%(default)s")
+  demo.set_defaults(run=_demo)
+
+  train = commands.add_parser(
+    "train",
+    help="train a tokenizer or a transformer",
+    usage="var-jax train --config FILE.py[:PRESET] --workdir DIR "
+    "[--config.a.b=value ...]",
+  )
+  train.add_argument(
+    "--config", required=True, help="configs/var.py:d16, for example"
+  )
+  train.add_argument(
+    "--workdir", required=True, help="created, or resumed from"
+  )
+  train.set_defaults(run=_train)
+
+
+def _demo(args) -> None:
+  from var_jax import demo
+
+  demo.run(args.workdir)
+
+
+def _train(args) -> None:
+  from var_jax.training import loop
+
+  loop.train(read_config(args.config, args.overrides), args.workdir)
+
+
+def read_config(config: str, overrides: Sequence[str]):
+  """Return the ConfigDict of FILE.py[:PRESET] with --config.a.b=value applied.
+
+  Raises:
+    UsageError: the file, the preset, a key or a value makes no sense.
+  """
+  from absl import flags
+  from ml_collections import config_flags
+
+  path, _, preset = config.partition(":")
+  if not pathlib.Path(path).is_file():
+    raise UsageError(
+      f"config {path} is not a file; give a path like configs/var.py:d16."
+    )
+  try:
+    get_config = runpy.run_path(path)["get_config"]
+    base = get_config(preset) if preset else get_config()
+    known = _keys(base)
+  except ValueError as error:  # the preset's own word
+    raise UsageError(f"config {config}: {error}") from error
+  except Exception as error:  # whatever somebody's file raises
+    raise UsageError(
+      f"config {path} cannot be run ({type(error).__name__}: {error}); it "
+      "needs a get_config(preset) that returns a ConfigDict."
+    ) from error
+  for override in overrides:
+    name = override.removeprefix("--config.").partition("=")[0]
+    if name not in known:
+      near = difflib.get_close_matches(name, known) or known
+      raise UsageError(
+        f"config {config}: key {name} does not exist; try {', '.join(near)}."
+      )
+  argv = ["var-jax", *overrides]
+  values = flags.FlagValues()
+  try:
+    config_flags.DEFINE_config_dict(
+      "config", base, flag_values=values, sys_argv=argv
+    )
+    values(argv)
+    return values.config
+  except (flags.Error, ValueError, TypeError) as error:
+    raise UsageError(f"config {config}: {error}") from error
+
+
+def _keys(config, prefix: str = "") -> list[str]:
+  names = []
+  for name, value in config.items():
+    if hasattr(value, "items"):
+      names += _keys(value, f"{prefix}{name}.")
+    else:
+      names.append(prefix + name)
+  return names
