@@ -46,6 +46,7 @@ def get_config(preset: str = "released256") -> ml_collections.ConfigDict:
   config.kind = "tokenizer"
   config.seed = 0
   config.steps = 100_000
+  config.init_from = ""  # a workdir to start from
   config.ema_decay = 0.999
 
   config.data = ml_collections.ConfigDict()

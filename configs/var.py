@@ -39,6 +39,7 @@ def get_config(preset: str = "d16") -> ml_collections.ConfigDict:
   config.kind = "var"
   config.seed = 0
   config.tokenizer_path = ""  # the workdir of a trained tokenizer
+  config.init_from = ""  # a workdir to start from; its tokenizer by default
   config.ema_decay = 0.0  # VAR: no average of the weights
 
   config.data = ml_collections.ConfigDict()

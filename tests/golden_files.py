@@ -12,6 +12,7 @@ import zipfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from var_jax.checkpoints import torch_format
 from var_jax.generation.sampler import ModelParams, Models
@@ -36,7 +37,7 @@ VARIANTS = {
   "B": VARConfig(width=32, heads=2, shared_adaln=True, **_TINY),
   "C": VARConfig(width=24, heads=3, qk_norm=False, **_TINY),
 }
-_VAR_FILES = {
+VAR_FILES = {
   "A": "var_tiny.pth",
   "B": "var_tiny_saln.pth",
   "C": "var_tiny_nol2.pth",
@@ -69,7 +70,7 @@ def state_dict(name: str) -> dict[str, np.ndarray]:
 @functools.cache
 def var_params(variant: str):
   """Return the parameter tree of transformer A, B or C."""
-  tensors = state_dict(_VAR_FILES[variant])
+  tensors = state_dict(VAR_FILES[variant])
   entries = torch_format.var_entries(VARIANTS[variant])
   return {"params": torch_format.from_official(tensors, entries)}
 
@@ -90,6 +91,16 @@ def tokenizer(share: int = 4, cosine: bool = False):
   return cfg, {"params": torch_format.from_official(tensors, entries)}
 
 
+def tokenizer_tensors(share):
+  """Return the official state dict that shares its phis in this way."""
+  tensors = state_dict("vae_tiny.pth.xz")
+  if share == 4:
+    return tensors
+  phis = arrays(f"vae_share{share}_znorm0.npz")
+  others = {k: v for k, v in tensors.items() if "quant_resi" not in k}
+  return others | {k[2:]: v for k, v in phis.items() if k.startswith("w.")}
+
+
 @functools.cache
 def pair(variant: str) -> tuple[Models, ModelParams]:
   """Return transformer A, B or C with the tokenizer it was recorded with."""
@@ -97,6 +108,26 @@ def pair(variant: str) -> tuple[Models, ModelParams]:
   models = Models(Tokenizer(cfg), VAR(VARIANTS[variant]))
   params = ModelParams(tokenizer_params, var_params(variant))
   return models, jax.tree.map(jnp.asarray, params)
+
+
+def write_torch_files(folder: pathlib.Path) -> None:
+  """Put the recorded torch files there: vae.pth, A.pth, .., trainer.pth."""
+  for name, file in {
+    "vae": "vae_tiny.pth.xz",
+    "trainer": "ar-ckpt-tiny.pth.xz",
+    **VAR_FILES,
+  }.items():
+    data = (FOLDER / file).read_bytes()
+    data = lzma.decompress(data) if file.endswith(".xz") else data
+    (folder / f"{name}.pth").write_bytes(data)
+
+
+def write_safetensors_files(folder: pathlib.Path) -> None:
+  """Put the same state dicts there without torch: vae.safetensors, .."""
+  files = {"vae": "vae_tiny.pth.xz", **VAR_FILES}
+  for name, file in files.items():
+    tensors = {k: v.copy() for k, v in state_dict(file).items()}
+    safetensors.numpy.save_file(tensors, folder / f"{name}.safetensors")
 
 
 def nhwc(array: np.ndarray) -> np.ndarray:

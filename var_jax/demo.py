@@ -210,6 +210,7 @@ def _print_metrics(metrics: dict[str, Any]) -> list[str]:
 def tokenizer_config() -> ml_collections.ConfigDict:
   """Return the tokenizer's config: 32 px, 4x4 latent, scales 1, 2, 4."""
   config = _common("tokenizer", steps=500, batch_size=32)
+  config.init_from = ""
   config.ema_decay = 0.99
   config.model = section(
     TokenizerConfig,
@@ -238,6 +239,7 @@ def var_config(tokenizer_path: str = "") -> ml_collections.ConfigDict:
   """Return the transformer's config: 4 layers of 128, 1.2M parameters."""
   config = _common("var", steps=1200, batch_size=32)
   config.tokenizer_path = tokenizer_path
+  config.init_from = ""
   config.ema_decay = 0.995
   config.model = section(
     VARConfig,

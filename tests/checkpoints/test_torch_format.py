@@ -12,11 +12,7 @@ from var_jax.models.scales import SCALES
 from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.models.transformer import VARConfig
 
-VAR_FILES = {
-  "A": "var_tiny.pth",
-  "B": "var_tiny_saln.pth",
-  "C": "var_tiny_nol2.pth",
-}
+VAR_FILES = golden_files.VAR_FILES
 BUFFER_NAMES = (
   "lvl_1L",
   "attn_bias_for_masking",
@@ -96,19 +92,9 @@ def test_tiny_transformers_have_the_names_and_shapes_of_their_files(variant):
 @pytest.mark.parametrize("share", [0, 1, 4])
 def test_tiny_tokenizers_have_the_names_and_shapes_of_their_files(share):
   cfg, _ = golden_files.tokenizer(share)
-  tensors = tokenizer_tensors(share)
+  tensors = golden_files.tokenizer_tensors(share)
   expected = recorded_shapes({k: t.shape for k, t in tensors.items()})
   assert tokenizer_shapes(cfg) == expected
-
-
-def tokenizer_tensors(share):
-  """Return the official state dict that shares its phis in this way."""
-  tensors = golden_files.state_dict("vae_tiny.pth.xz")
-  if share == 4:
-    return tensors
-  phis = golden_files.arrays(f"vae_share{share}_znorm0.npz")
-  others = {k: v for k, v in tensors.items() if "quant_resi" not in k}
-  return others | {k[2:]: v for k, v in phis.items() if k.startswith("w.")}
 
 
 def model(name):
@@ -119,7 +105,8 @@ def model(name):
     return tensors, lambda: torch_format.var_entries(cfg)
   share = int(name.removeprefix("share"))
   cfg, _ = golden_files.tokenizer(share)
-  return tokenizer_tensors(share), lambda: torch_format.tokenizer_entries(cfg)
+  tensors = golden_files.tokenizer_tensors(share)
+  return tensors, lambda: torch_format.tokenizer_entries(cfg)
 
 
 every_model = pytest.mark.parametrize(

@@ -213,7 +213,21 @@ def _official_parts(
   for part in weights.read_parts(folder, abstract, which):
     ours = [entry for entry in entries if entry.path in part]
     for name, tensor in torch_format.official_tensors(part, ours):
-      yield name, np.array(tensor, order="C")
+      yield name, _packed(tensor)
+
+
+def _packed(tensor: np.ndarray) -> np.ndarray:
+  """Return a transposed array contiguous, in the memory where it lies.
+
+  So no second copy of a large model exists, only one of a tensor.
+  """
+  if tensor.flags.c_contiguous:
+    return tensor
+  block = tensor.transpose(np.argsort(tensor.strides)[::-1])
+  assert block.flags.c_contiguous
+  flat = block.reshape(-1)
+  flat[:] = tensor.copy(order="C").reshape(-1)
+  return flat.reshape(tensor.shape)
 
 
 def _write(folder, kind, described, to, tensors) -> None:

@@ -7,6 +7,7 @@ workdir/
   tokenizer/           of a transformer: its frozen tokenizer, likewise
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,6 @@ from etils import epath
 
 from var_jax.checkpoints import checksums
 from var_jax.checkpoints.description import architecture_digest
-from var_jax.checkpoints.weights import readable
 
 
 class Store:
@@ -38,9 +38,6 @@ class Store:
         async_options=asynchronous,
       ),
     )
-
-  def latest_step(self) -> int | None:
-    return self._manager.latest_step()
 
   def save(self, step: int, trees: Mapping[str, Any], position: int) -> None:
     """Start saving; the trees may be overwritten when this returns.
@@ -98,5 +95,25 @@ class Store:
     checksums.write(folder, architecture_digest(self._workdir))
 
 
+def latest_step(workdir: epath.PathLike) -> int | None:
+  """Return the newest finished step of a workdir, None where there is none."""
+  folder = epath.Path(workdir) / "checkpoints"
+  steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
+  return max(steps, default=None)
+
+
 def _abstract(tree):
   return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+@contextlib.contextmanager
+def readable(path: epath.Path):
+  """Turn what Orbax raises on damaged files into one line."""
+  try:
+    yield
+  except Exception as error:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    raise ValueError(
+      f"checkpoint {path} cannot be read ({reason[0][:200]}); delete it to "
+      "fall back to an older step, or restore it from a copy."
+    ) from error

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from var_jax import files
-from var_jax.checkpoints import checksums, torch_format
+from var_jax.checkpoints import checksums, store, torch_format
 from var_jax.checkpoints.description import Description, architecture_digest
 from var_jax.models.tokenizer import TokenizerConfig
 
@@ -34,19 +34,34 @@ _ONLY_MULTIPLIED = re.compile(
 )
 
 
-def read_models(
+def read_models(folder: epath.PathLike, **how) -> tuple[Description, Any, Any]:
+  """Return (description, tokenizer variables, transformer variables or None).
+
+  Arguments and errors as of `read_tokenizer`.
+  """
+  alone, tokenizer = read_tokenizer(folder, **how)
+  if not Description.read(folder).transformer:
+    return alone, tokenizer, None
+  description, transformer = read_transformer(folder, **how)
+  # What was trained on is what decodes: the copy's own description counts.
+  description = dataclasses.replace(description, tokenizer=alone.tokenizer)
+  return description, tokenizer, transformer
+
+
+def read_tokenizer(
   folder: epath.PathLike,
   *,
   weights: str = "ema",
   sharding: jax.sharding.Sharding | None = None,
   dtype: str = "float32",
-) -> tuple[Description, Any, Any]:
-  """Return (description, tokenizer variables, transformer variables or None).
+) -> tuple[Description, Any]:
+  """Return (description, variables) of a workdir's tokenizer.
 
   Arrays go to their devices as they are read: the host never holds all.
 
   Args:
-    folder: a workdir; its newest step is read.
+    folder: a workdir; its newest step is read. Of a transformer's, its frozen
+      tokenizer.
     weights: "ema", which falls back to "raw" where none was kept, or "raw".
     sharding: of every parameter; the first device by default.
     dtype: what parameters that are only ever multiplied in this dtype are
@@ -56,22 +71,35 @@ def read_models(
     ValueError: there is no checkpoint, it cannot be read, or it is not what
       was written.
   """
-  if weights not in ("ema", "raw"):
-    raise ValueError(f"weights {weights!r} is not known; use ema or raw.")
+  folder = epath.Path(folder).absolute()
+  if Description.read(folder).transformer:
+    folder = tokenizer_folder(folder)
+  description = Description.read(folder)
+  abstract = torch_format.abstract_tokenizer(description.tokenizer)
+  variables = _read_newest(folder, abstract, weights, sharding, dtype)
+  return description, variables
+
+
+def read_transformer(
+  folder: epath.PathLike,
+  *,
+  weights: str = "ema",
+  sharding: jax.sharding.Sharding | None = None,
+  dtype: str = "float32",
+) -> tuple[Description, Any]:
+  """Return (description, variables) of a workdir's transformer.
+
+  Arguments and errors as of `read_tokenizer`.
+  """
   folder = epath.Path(folder).absolute()
   description = Description.read(folder)
-  transformer = None
-  if cfg := description.transformer:
-    abstract = {"params": torch_format.abstract_var(cfg)}
-    transformer = _read_newest(folder, abstract, weights, sharding, dtype)
-    folder = tokenizer_folder(folder)
-    # What was trained on is what decodes: the copy's own description counts.
-    description = dataclasses.replace(
-      description, tokenizer=Description.read(folder).tokenizer
+  if not description.transformer:
+    raise ValueError(
+      f"{folder} holds a tokenizer alone; give a transformer's workdir."
     )
-  abstract = {"params": torch_format.abstract_tokenizer(description.tokenizer)}
-  tokenizer = _read_newest(folder, abstract, weights, sharding, dtype)
-  return description, tokenizer, transformer
+  abstract = torch_format.abstract_var(description.transformer)
+  variables = _read_newest(folder, abstract, weights, sharding, dtype)
+  return description, variables
 
 
 def tokenizer_folder(workdir: epath.PathLike) -> epath.Path:
@@ -118,7 +146,10 @@ def read_code_hits(folder: epath.PathLike, cfg: TokenizerConfig):
     return None
   shape = (len(cfg.scales), cfg.vocab_size)
   wanted = {"code_hits_SV": jax.ShapeDtypeStruct(shape, jnp.float32)}
-  with readable(item), ocp.Checkpointer(_handler()) as checkpointer:
+  with (
+    store.readable(item.parent),
+    ocp.Checkpointer(_handler()) as checkpointer,
+  ):
     restore_args = {"code_hits_SV": ocp.RestoreArgs(restore_type=np.ndarray)}
     found = checkpointer.restore(
       item,
@@ -176,6 +207,9 @@ def write_tokenizer(
 
 
 def _read_newest(folder, abstract, weights, sharding, dtype):
+  if weights not in ("ema", "raw"):
+    raise ValueError(f"weights {weights!r} is not known; use ema or raw.")
+  abstract = {"params": abstract}
   verify(folder)
   item = _newest_item(folder, weights)
   if sharding is None:
@@ -188,7 +222,10 @@ def _read_newest(folder, abstract, weights, sharding, dtype):
 
   abstract = jax.tree_util.tree_map_with_path(like, abstract)
   restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-  with readable(item), ocp.Checkpointer(_handler()) as checkpointer:
+  with (
+    store.readable(item.parent),
+    ocp.Checkpointer(_handler()) as checkpointer,
+  ):
     return checkpointer.restore(
       item, args=ocp.args.PyTreeRestore(abstract, restore_args)
     )
@@ -200,7 +237,10 @@ def _read_arrays(item, wanted: Mapping[str, jax.ShapeDtypeStruct]):
   restore_args = jax.tree.map(
     lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
   )
-  with readable(item), ocp.Checkpointer(_handler()) as checkpointer:
+  with (
+    store.readable(item.parent),
+    ocp.Checkpointer(_handler()) as checkpointer,
+  ):
     found = checkpointer.restore(
       item,
       args=ocp.args.PyTreeRestore(tree, restore_args, partial_restore=True),
@@ -240,24 +280,9 @@ def _newest_item(folder: epath.Path, weights: str) -> epath.Path:
 
 
 def _newest_step(folder: epath.Path) -> int:
-  steps = []
-  if (checkpoints := folder / "checkpoints").exists():
-    steps = ocp.utils.checkpoint_steps(checkpoints)
-  if not steps:
+  step = store.latest_step(folder)
+  if step is None:
     raise ValueError(
       f"{folder} holds no finished checkpoint; train until the first save."
     )
-  return max(steps)
-
-
-@contextlib.contextmanager
-def readable(path: epath.Path):
-  """Turn what Orbax raises on damaged files into one line."""
-  try:
-    yield
-  except Exception as error:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    raise ValueError(
-      f"checkpoint {path} cannot be read ({reason[0][:200]}); delete it to "
-      "fall back to an older step, or restore it from a copy."
-    ) from error
+  return step

@@ -66,7 +66,8 @@ IN_FLAGS = ("vae", "var", "heads", "scales", "distance", "quant_resi")
 
 def _refuse(args, given: str, *flags: str) -> None:
   for name in flags:
-    if getattr(args, name) not in (None, False):
+    value = getattr(args, name)
+    if value is not None and value is not False:
       raise UsageError(
         f"--{name.replace('_', '-')} does not go with {given}; leave it out."
       )

@@ -22,7 +22,7 @@ from var_jax.data import pipeline, sources, transforms
 from var_jax.models.layers import resolve_dtype
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.models.transformer import VAR, VARConfig
-from var_jax.training import optim, tokenizer_step, var_step
+from var_jax.training import optim, tokenizer_step, var_step, warm_start
 from var_jax.training.report import Report
 from var_jax.training.state import TrainState
 
@@ -34,7 +34,8 @@ class Program(NamedTuple):
   """What the loop needs to know of the thing it trains."""
 
   description: Description
-  init: Callable[[], TrainState]
+  init: Callable[[], TrainState]  # of a new run, warm or not
+  like: Callable[[], TrainState]  # the same shapes, for eval_shape
   step: Callable[[TrainState, Mapping], tuple[TrainState, Mapping]]
   prepare: Callable[[], None]  # writes what a new workdir needs
 
@@ -64,19 +65,18 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     flip=config.data.flip,
   )
   transform(source[0]["image"], np.random.default_rng(0))  # can be read
+  start = store.latest_step(workdir) or 0
+  state = None if start else program.init()  # reads init_from
   if not (workdir / "config.json").exists():  # the last file of a new workdir
     program.prepare()
     program.description.write(workdir)
   checkpoints = store.Store(workdir, config.keep_checkpoints)
   try:
-    start = checkpoints.latest_step() or 0
     if start >= config.steps:
       print(f"{workdir} is already at step {start} of {config.steps}")
       return
     if start:
       state = _restore(checkpoints, start, program, config.data.batch_size)
-    else:
-      state = program.init()
     batches = pipeline.training_batches(
       source,
       transform,
@@ -103,8 +103,16 @@ def tokenizer_program(config, source) -> Program:
     seed=config.seed,
   )
 
-  def init() -> TrainState:
-    params = tokenizer_step.init_params(tokenizer, _init_key(config))
+  def fresh() -> Any:
+    return tokenizer_step.init_params(tokenizer, _init_key(config))
+
+  def start() -> Any:
+    if not config.init_from:
+      return fresh()
+    described, variables = weights.read_tokenizer(config.init_from)
+    return warm_start.start_tokenizer(variables, described.tokenizer, cfg)
+
+  def create(params) -> TrainState:
     hits_SV = jnp.zeros((len(cfg.schedule), cfg.vocab_size))
     return TrainState.create(
       params, optimizer, use_ema=config.ema_decay > 0, code_hits_SV=hits_SV
@@ -114,25 +122,30 @@ def tokenizer_program(config, source) -> Program:
     cfg, None, source.class_names, config_to_json(config)
   )
   return Program(
-    description, init, jax.jit(step, donate_argnums=0), lambda: None
+    description,
+    lambda: create(start()),
+    lambda: create(fresh()),
+    jax.jit(step, donate_argnums=0),
+    lambda: None,
   )
 
 
 def var_program(config, source, workdir: epath.Path) -> Program:
   """Return the training of a transformer on a frozen tokenizer.
 
-  The tokenizer is read from config.tokenizer_path once and copied into the
-  workdir, which then stands alone.
+  The tokenizer is read from config.tokenizer_path once, or is that of
+  config.init_from, and copied into the workdir, which then stands alone.
   """
   # Without config.json the copy may be one that an interrupted start left.
   copied = (workdir / "config.json").exists()
-  path = workdir / "tokenizer" if copied else config.tokenizer_path
+  path = config.tokenizer_path or config.init_from
+  path = workdir / "tokenizer" if copied else path
   if not path:
     raise ValueError(
       "tokenizer_path is empty; set config.tokenizer_path to the workdir of a "
       "trained tokenizer."
     )
-  described, tokenizer_params, _ = weights.read_models(path)
+  described, tokenizer_params = weights.read_tokenizer(path)
   tokenizer = Tokenizer(described.tokenizer)
   cfg = _build(
     VARConfig,
@@ -154,20 +167,35 @@ def var_program(config, source, workdir: epath.Path) -> Program:
   )
   jitted = jax.jit(step, donate_argnums=0)
 
-  def init() -> TrainState:
-    params = var_step.init_params(var, _init_key(config))
+  def fresh() -> Any:
+    return var_step.init_params(var, _init_key(config))
+
+  def start() -> Any:
+    if not config.init_from:
+      return fresh()
+    there, variables = weights.read_transformer(config.init_from)
+    params, changes = warm_start.start_var(
+      variables, there.transformer, var.cfg, fresh()
+    )
+    for change in changes:
+      print(f"from {config.init_from}: {change}")
+    return params
+
+  def create(params) -> TrainState:
     return TrainState.create(params, optimizer, use_ema=config.ema_decay > 0)
 
   def prepare() -> None:
     if not copied:
-      weights.write_tokenizer(workdir, described, tokenizer_params)
+      hits_SV = weights.read_code_hits(path, tokenizer.cfg)
+      weights.write_tokenizer(workdir, described, tokenizer_params, hits_SV)
 
   description = Description(
     tokenizer.cfg, var.cfg, source.class_names, config_to_json(config)
   )
   return Program(
     description,
-    init,
+    lambda: create(start()),
+    lambda: create(fresh()),
     lambda state, batch: jitted(state, tokenizer_params, batch),
     prepare,
   )
@@ -234,7 +262,7 @@ def _restore(checkpoints, step: int, program, batch_size: int) -> TrainState:
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-    jax.eval_shape(program.init),
+    jax.eval_shape(program.like),
   )
   trees, position = checkpoints.restore(step, _trees(like))
   assert position == step * batch_size
@@ -266,7 +294,7 @@ def _build(cls, section: ml_collections.ConfigDict, **derived):
 
 _REQUIRED = (
   "kind", "seed", "steps", "ema_decay", "log_every", "checkpoint_every",
-  "keep_checkpoints", "data", "model", "loss", "optimizer",
+  "keep_checkpoints", "init_from", "data", "model", "loss", "optimizer",
 )  # fmt: skip
 
 
@@ -308,6 +336,8 @@ def _check_workdir(config, workdir: epath.Path) -> None:
   for name in names:
     if name in FREE_KEYS or there.get(name) == here.get(name):
       continue
+    if name not in there and not here[name]:
+      continue  # a setting that came later, and is off
     if name == "tokenizer_path" and not here.get(name):
       continue  # the workdir has its own copy
     raise ValueError(
