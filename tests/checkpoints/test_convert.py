@@ -233,9 +233,7 @@ def test_a_trainer_checkpoint_holds_both_models(torch_files, tmp_path):
 def test_code_counts_are_carried_along(workdirs, tmp_path):
   recorded = golden_files.state_dict("vae_tiny.pth.xz")
   hits_SV = recorded["quantize.ema_vocab_hit_SV"]
-  found = weights.read_code_hits(
-    workdirs["A"] / "tokenizer", golden_files.TOKENIZER
-  )
+  found = weights.read_code_hits(workdirs["A"])
   np.testing.assert_array_equal(found, hits_SV)
 
 

@@ -150,11 +150,9 @@ def export_official(
   checkpoint = pathlib.Path(checkpoint)
   described = Description.read(checkpoint)
   transformer = described.transformer
-  tokenizer_at = checkpoint
-  if transformer:
-    tokenizer_at = weights.tokenizer_folder(checkpoint)
-    tokenizer = Description.read(tokenizer_at).tokenizer
-    described = dataclasses.replace(described, tokenizer=tokenizer)
+  tokenizer_at = weights.tokenizer_folder(checkpoint)
+  tokenizer = Description.read(tokenizer_at).tokenizer
+  described = dataclasses.replace(described, tokenizer=tokenizer)
   _check_expressible(described)
   for part in dict.fromkeys((checkpoint, tokenizer_at)):
     weights.verify(part)
@@ -200,7 +198,7 @@ def official_tokenizer(
   entries = torch_format.tokenizer_entries(cfg)
   abstract = torch_format.abstract_tokenizer(cfg)
   tensors = dict(_official_parts(folder, abstract, entries, which))
-  hits_SV = weights.read_code_hits(folder, cfg)
+  hits_SV = weights.read_code_hits(folder)
   if hits_SV is None:  # what a new official model has
     hits_SV = np.zeros((len(cfg.scales), cfg.vocab_size), np.float32)
   return tensors | {torch_format.CODE_HITS: hits_SV}

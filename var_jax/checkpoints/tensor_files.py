@@ -7,6 +7,7 @@ none, so that only a checksums.json beside them shows a flipped bit.
 """
 
 import contextlib
+import os
 import pathlib
 import re
 import zipfile
@@ -77,7 +78,7 @@ def write_safetensors(
 
   # "format" is what the readers of the hub look for.
   safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
-  path.chmod(0o644)  # the library writes for the owner alone
+  os.chmod(path, 0o644)  # the library writes for the owner alone
 
 
 def _local(name: str) -> pathlib.Path:

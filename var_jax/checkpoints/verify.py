@@ -65,9 +65,7 @@ def exported(folder: pathlib.Path, checkpoint: str, which: str) -> list[Row]:
 
 
 def _table(workdir, description, which, vae, var) -> list[Row]:
-  at = workdir
-  if description.transformer:
-    at = weights.tokenizer_folder(workdir)
+  at = weights.tokenizer_folder(workdir)
   tokenizer = Description.read(at).tokenizer
   ours = convert.official_tokenizer(at, tokenizer, which)
   rows = [_compare_tensors("tokenizer", ours, vae)]

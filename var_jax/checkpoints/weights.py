@@ -21,7 +21,6 @@ from etils import epath
 from var_jax import files
 from var_jax.checkpoints import checksums, store, torch_format
 from var_jax.checkpoints.description import Description, architecture_digest
-from var_jax.models.tokenizer import TokenizerConfig
 
 CHUNK_BYTES = 64 * 2**20  # of a file; who wants a slice reads no more
 PART_BYTES = 256 * 2**20  # small parameters are read together
@@ -71,9 +70,7 @@ def read_tokenizer(
     ValueError: there is no checkpoint, it cannot be read, or it is not what
       was written.
   """
-  folder = epath.Path(folder).absolute()
-  if Description.read(folder).transformer:
-    folder = tokenizer_folder(folder)
+  folder = tokenizer_folder(folder)
   description = Description.read(folder)
   abstract = torch_format.abstract_tokenizer(description.tokenizer)
   variables = _read_newest(folder, abstract, weights, sharding, dtype)
@@ -103,8 +100,11 @@ def read_transformer(
 
 
 def tokenizer_folder(workdir: epath.PathLike) -> epath.Path:
-  """Return where the frozen tokenizer of a transformer lies."""
-  folder = epath.Path(workdir).absolute() / "tokenizer"
+  """Return where the tokenizer lies: a transformer's is within its workdir."""
+  folder = epath.Path(workdir).absolute()
+  if not Description.read(folder).transformer:
+    return folder
+  folder = folder / "tokenizer"
   if not folder.exists():
     raise ValueError(
       f"{folder} is missing: the frozen tokenizer of this transformer; "
@@ -138,9 +138,10 @@ def read_parts(
     yield _read_arrays(item, part)
 
 
-def read_code_hits(folder: epath.PathLike, cfg: TokenizerConfig):
-  """Return the moving count of code uses [S, V], None where none was kept."""
-  folder = epath.Path(folder)
+def read_code_hits(folder: epath.PathLike) -> np.ndarray | None:
+  """Return a tokenizer's moving count of code uses [S, V], if it was kept."""
+  folder = tokenizer_folder(folder)
+  cfg = Description.read(folder).tokenizer
   item = folder / "checkpoints" / str(_newest_step(folder)) / "training"
   if not item.exists():
     return None

@@ -186,7 +186,7 @@ def var_program(config, source, workdir: epath.Path) -> Program:
 
   def prepare() -> None:
     if not copied:
-      hits_SV = weights.read_code_hits(path, tokenizer.cfg)
+      hits_SV = weights.read_code_hits(path)
       weights.write_tokenizer(workdir, described, tokenizer_params, hits_SV)
 
   description = Description(

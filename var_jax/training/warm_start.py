@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from var_jax.models import resize
 from var_jax.models.scales import ScaleSchedule
@@ -88,22 +87,33 @@ def _check_same(old, new, free: set[str]) -> None:
 def _resample(
   params: Params, old: ScaleSchedule, new: ScaleSchedule
 ) -> dict[str, jax.Array]:
-  sources = [_nearest(old, new, s) for s in range(len(new))]
-  maps = []
-  for s, source in enumerate(sources):
-    pos_lD = params["pos"][old.start(source) : old.end(source)]
-    maps.append(_resize_map(pos_lD, old.shapes[source], new.shapes[s]))
+  positions, levels = [], []
+  for s in range(len(new)):
+    position_lD, level_D = 0.0, 0.0
+    for source, weight in _neighbours(old, new, s):
+      pos_lD = params["pos"][old.start(source) : old.end(source)]
+      resized_lD = _resize_map(pos_lD, old.shapes[source], new.shapes[s])
+      position_lD += weight * resized_lD
+      level_D += weight * params["lvl_emb"][source]
+    positions.append(position_lD)
+    levels.append(level_D)
   return {
-    "pos": jnp.concatenate(maps),
+    "pos": jnp.concatenate(positions),
     "pos_start": _resize_map(params["pos_start"], old.shapes[0], new.shapes[0]),
-    "lvl_emb": params["lvl_emb"][np.array(sources)],
+    "lvl_emb": jnp.stack(levels),
   }
 
 
-def _nearest(old: ScaleSchedule, new: ScaleSchedule, s: int) -> int:
-  """Return the scale of `old` that scale s of `new` takes after."""
-  ratio = new.ratio(s)
-  return min(range(len(old)), key=lambda o: abs(old.ratio(o) - ratio))
+def _neighbours(
+  old: ScaleSchedule, new: ScaleSchedule, s: int
+) -> list[tuple[int, float]]:
+  """Return the scales of `old` around scale s of `new`, and their weights."""
+  # In whole numbers: a scale at the same place must have all the weight.
+  steps = max(len(new) - 1, 1)
+  below, rest = divmod(s * (len(old) - 1), steps)
+  if not rest:
+    return [(below, 1.0)]
+  return [(below, 1.0 - rest / steps), (below + 1, rest / steps)]
 
 
 def _resize_map(pos_lD, old_shape, new_shape) -> jax.Array:
