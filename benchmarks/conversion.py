@@ -4,10 +4,11 @@
 
 Makes vae.pth and var.pth with seeded weights and the exact names, shapes and
 dtypes of the released files, converts them to a workdir and back in processes
-of their own, and compares every tensor bit for bit. Prints one JSON line: file
-sizes, seconds, and the peak anonymous memory of each process over the size of
-the files (memory-mapped pages of the files are not anonymous). Linux; takes
-three times the size of the files on disk, and removes what it made.
+of their own, and compares every tensor bit for bit; loads the workdir, too.
+Prints one JSON line: file sizes, seconds, and the peak anonymous memory of each
+process over the size of the files (memory-mapped pages of the files are not
+anonymous). Linux; takes three times the size of the files on disk, and removes
+what it made.
 """
 
 import argparse
@@ -44,6 +45,8 @@ def main():
     size = sum(path.stat().st_size for path in folder.glob("*.pth"))
     into = measured(convert_in, folder, args.verify)
     out = measured(convert_out, folder)
+    load = measured(load_model, folder, "float32")
+    half = measured(load_model, folder, "bfloat16")
     tensors = compare(folder)
     record = {
       "depth": args.depth,
@@ -54,6 +57,10 @@ def main():
       "in_peak_over_file": round(into["peak_bytes"] / size, 3),
       "out_s": round(out["seconds"], 1),
       "out_peak_over_file": round(out["peak_bytes"] / size, 3),
+      "load_s": round(load["seconds"], 1),
+      "load_peak_over_file": round(load["peak_bytes"] / size, 3),
+      "load_bfloat16_s": round(half["seconds"], 1),
+      "load_bfloat16_peak_over_file": round(half["peak_bytes"] / size, 3),
       "tensors_bit_equal": tensors,
     }
     print(json.dumps(record))
@@ -97,6 +104,15 @@ def convert_out(folder: pathlib.Path) -> None:
     "--checkpoint", folder / "workdir", "--to", "torch",
     "--output", folder / "back",
   )  # fmt: skip
+
+
+def load_model(folder: pathlib.Path, dtype: str) -> None:
+  import jax
+
+  import var_jax
+
+  model = var_jax.load(folder / "workdir", dtype=dtype)
+  jax.block_until_ready(model.params)
 
 
 def _command(*arguments) -> None:
