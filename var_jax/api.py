@@ -39,18 +39,20 @@ def load(
   dtype: str | None = None,
   weights: str = "ema",
 ) -> "Model":
-  """Return the model of a training workdir, at its newest step.
+  """Return the model of a workdir, at its newest step.
 
   Args:
-    path: a workdir. A transformer's contains its frozen tokenizer; a
-      tokenizer alone encodes and decodes.
+    path: what `var-jax convert` wrote, or a training workdir. A transformer's
+      contains its frozen tokenizer; a tokenizer alone encodes and decodes.
     mesh: where parameters are replicated; the first device by default.
     dtype: of matmul inputs, "float32" or "bfloat16"; by default float32 on
-      CPU and bfloat16 elsewhere.
+      CPU and bfloat16 elsewhere. Parameters that meet nothing else are held
+      in it.
     weights: "ema" (falls back to "raw" where none was kept) or "raw".
 
   Raises:
-    ValueError: there is no checkpoint, or it cannot be read.
+    ValueError: there is no checkpoint, it cannot be read, or it is not what
+      its checksums say.
   """
   # Here and not above: sampling a model in memory needs no Orbax.
   from var_jax.checkpoints.weights import read_models

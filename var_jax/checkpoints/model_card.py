@@ -69,17 +69,24 @@ def render(
     "",
     "## Licence",
     "",
-    f"Of the weights: {licence}."
-    if licence
-    else "Of the weights: the files they were made from do not say; it is for "
-    "whoever published those to say. The authors of VAR published theirs "
-    "under the MIT licence.",
+    _licence(origin),
     "",
     "Load with `var_jax.load(this folder)`; `checksums.json` in each step says "
     "what every file was when it was written.",
     "",
   ]
   return "\n".join(lines)
+
+
+def _licence(origin: Mapping[str, Any]) -> str:
+  if licence := origin.get("licence"):
+    return f"Of the weights: {licence}, as the card of their source says."
+  if origin.get("sources"):
+    return (
+      "Of the weights: the files above do not say; whoever published them "
+      "does. The authors of VAR published theirs under the MIT licence."
+    )
+  return "Of the weights: for whoever trained them to say."
 
 
 def _phis(cfg: TokenizerConfig) -> str:

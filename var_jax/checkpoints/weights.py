@@ -28,7 +28,7 @@ PART_BYTES = 256 * 2**20  # small parameters are read together
 # Parameters that meet nothing but a product in `dtype`: nn.Dense and nn.Conv
 # would cast them at each use. The encoder and all norms stay float32.
 _ONLY_MULTIPLIED = re.compile(
-  r"params/(blocks/(attn|ffn)/\w+|(shared_|head_)?ada/linear"
+  r"(blocks/(attn|ffn)/\w+|(shared_|head_)?ada/linear"
   r"|decoder/(?!.*norm)[\w/]+)/(kernel|bias)"
 )
 
@@ -126,16 +126,9 @@ def read_parts(
     abstract: the parameter tree, as `torch_format.abstract_var` returns it.
   """
   item = _newest_item(epath.Path(folder), weights)
-  flat = flax.traverse_util.flatten_dict(abstract, sep="/")
-  part, size = {}, 0
-  for path in sorted(flat, key=lambda path: -flat[path].size):
-    part[path] = flat[path]
-    size += flat[path].size * 4
-    if size >= PART_BYTES:
-      yield _read_arrays(item, part)
-      part, size = {}, 0
-  if part:
-    yield _read_arrays(item, part)
+  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+  for part in _parts(abstract):
+    yield _restore(item, part, dict.fromkeys(part, as_numpy))
 
 
 def read_code_hits(folder: epath.PathLike) -> np.ndarray | None:
@@ -210,42 +203,51 @@ def write_tokenizer(
 def _read_newest(folder, abstract, weights, sharding, dtype):
   if weights not in ("ema", "raw"):
     raise ValueError(f"weights {weights!r} is not known; use ema or raw.")
-  abstract = {"params": abstract}
   verify(folder)
   item = _newest_item(folder, weights)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-  def like(path, leaf):
-    name = "/".join(key.key for key in path)
-    held_in = dtype if _ONLY_MULTIPLIED.fullmatch(name) else leaf.dtype
-    return jax.ShapeDtypeStruct(leaf.shape, held_in, sharding=sharding)
-
-  abstract = jax.tree_util.tree_map_with_path(like, abstract)
-  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-  with (
-    store.readable(item.parent),
-    ocp.Checkpointer(_handler()) as checkpointer,
-  ):
-    return checkpointer.restore(
-      item, args=ocp.args.PyTreeRestore(abstract, restore_args)
-    )
+  arrays = {}
+  for part in _parts(abstract):
+    # A part at a time, or the host would hold all of it beside the devices.
+    restore_args = {
+      path: ocp.ArrayRestoreArgs(
+        sharding=sharding,
+        dtype=dtype if _ONLY_MULTIPLIED.fullmatch(path) else leaf.dtype,
+        global_shape=leaf.shape,
+      )
+      for path, leaf in part.items()
+    }
+    arrays |= _restore(item, part, restore_args)
+  return {"params": flax.traverse_util.unflatten_dict(arrays, sep="/")}
 
 
-def _read_arrays(item, wanted: Mapping[str, jax.ShapeDtypeStruct]):
-  """Return some parameters by path, as NumPy arrays."""
-  tree = {"params": flax.traverse_util.unflatten_dict(dict(wanted), sep="/")}
-  restore_args = jax.tree.map(
-    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+def _parts(abstract) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+  """Yield the leaves by path: the largest alone and first, then several."""
+  flat = flax.traverse_util.flatten_dict(abstract, sep="/")
+  part, size = {}, 0
+  for path in sorted(flat, key=lambda path: -flat[path].size):
+    part[path] = flat[path]
+    size += flat[path].size * 4
+    if size >= PART_BYTES:
+      yield part
+      part, size = {}, 0
+  if part:
+    yield part
+
+
+def _restore(item, leaves: Mapping[str, Any], restore_args: Mapping[str, Any]):
+  """Return some parameters by path."""
+  tree, args = (
+    {"params": flax.traverse_util.unflatten_dict(dict(flat), sep="/")}
+    for flat in (leaves, restore_args)
   )
+  restore = ocp.args.PyTreeRestore(tree, args, partial_restore=True)
   with (
     store.readable(item.parent),
     ocp.Checkpointer(_handler()) as checkpointer,
   ):
-    found = checkpointer.restore(
-      item,
-      args=ocp.args.PyTreeRestore(tree, restore_args, partial_restore=True),
-    )
+    found = checkpointer.restore(item, args=restore)
   return flax.traverse_util.flatten_dict(found["params"], sep="/")
 
 
@@ -255,7 +257,6 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
   return ocp.PyTreeCheckpointHandler(
     use_ocdbt=False,  # it gathers a whole tree before it writes; reads both
     save_concurrent_gb=1,
-    restore_concurrent_gb=1,
     type_handler_registry=handlers.create_type_handler_registry(
       (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
       (jax.Array, handlers.ArrayHandler()),

@@ -5,6 +5,7 @@ kB .. kB+B-1, and every random choice follows from the seed and a position or
 a step. So a run that was interrupted ends where it would have ended.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -69,7 +70,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
   state = None if start else program.init()  # reads init_from
   if not (workdir / "config.json").exists():  # the last file of a new workdir
     program.prepare()
-    program.description.write(workdir)
+    description = dataclasses.replace(
+      program.description, origin=_origin(config, source)
+    )
+    description.write(workdir)
   checkpoints = store.Store(workdir, config.keep_checkpoints)
   try:
     if start >= config.steps:
@@ -199,6 +203,19 @@ def var_program(config, source, workdir: epath.Path) -> Program:
     lambda state, batch: jitted(state, tokenizer_params, batch),
     prepare,
   )
+
+
+def _origin(config, source) -> dict[str, Any]:
+  """Return what the model card says of how the weights were made."""
+  made_by = (
+    f"Trained by `var-jax train` on `{config.data.source}`, {len(source)} "
+    f"images, for {config.steps} steps of {config.data.batch_size}."
+  )
+  if not config.init_from:
+    return {"made_by": made_by}
+  licence = Description.read(config.init_from).origin.get("licence")
+  made_by += f" It started from the weights in `{config.init_from}`."
+  return {"made_by": made_by, "licence": licence}
 
 
 def _init_key(config) -> jax.Array:
