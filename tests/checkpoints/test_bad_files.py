@@ -187,8 +187,11 @@ def test_what_only_the_caller_knows_has_to_be_said(tmp_path, capsys):
   line = run(capsys, tmp_path, *vae, "--scales", "1,2,4")
   assert "3 scales" in line and "counts 4" in line
   assert "decreases" in run(capsys, tmp_path, *vae, "--scales", "4,3,2,1")
-  line = run(capsys, tmp_path, *vae, "--scales", "1,2,3,4", "--quant-resi", 0)
-  assert "quant_resi 0.0 does not fit" in line
+  for value, part in ((0, "quant_resi 0.0 does not fit"), ("nan", "nan is no")):
+    line = run(
+      capsys, tmp_path, *vae, "--scales", "1,2,3,4", "--quant-resi", value
+    )
+    assert part in line
 
 
 def test_what_the_file_says_is_not_overruled(tmp_path, capsys):
@@ -209,6 +212,9 @@ def test_files_in_the_wrong_place(tmp_path, capsys):
   assert "give its tokenizer" in run(capsys, tmp_path, var_flag, var)
   line = run(capsys, tmp_path, vae_flag, vae, var_flag, tmp_path / "no.pth")
   assert "no.pth does not exist" in line
+  assert "a/no.pth does not exist" in run(
+    capsys, tmp_path, vae_flag, "a/no.pth"
+  )
   (tmp_path / "text.txt").write_text("hello")
   line = run(capsys, tmp_path, vae_flag, tmp_path / "text.txt")
   assert "text.txt ends in none of .pth" in line
@@ -264,41 +270,31 @@ class Hostile:
     return os.system, ("touch attacked",)
 
 
-def hostile_files(torch):
-  yield "plain", pickle.dumps({"head.weight": Hostile()})
+def odd_files(torch):
+  """Yield (name, bytes) of files that are no plain state dict."""
+  zeros_22 = torch.zeros(2, 2)
+  contents = {
+    "hostile": {"head.weight": Hostile()},
+    "a module": torch.nn.Linear(2, 2),
+    "a list": [zeros_22],
+    "text": {"word_embed.weight": "text"},
+    "a number as name": {"word_embed.weight": zeros_22, 3: zeros_22},
+    "trainer without models": {"epoch": 3, "trainer": {"config": {}}},
+    "bfloat16": {"word_embed.weight": zeros_22.bfloat16()},
+  }
+  for name, content in contents.items():
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    yield name, buffer.getvalue()
+  yield "plain pickle", pickle.dumps({"head.weight": Hostile()})
   buffer = io.BytesIO()
-  torch.save({"head.weight": Hostile()}, buffer)
-  yield "torch", buffer.getvalue()
-  yield "old torch", old_torch_file(torch)
-  buffer = io.BytesIO()
-  torch.save(torch.nn.Linear(2, 2), buffer)
-  yield "a module", buffer.getvalue()
-  buffer = io.BytesIO()
-  torch.save([torch.zeros(3)], buffer)
-  yield "a list", buffer.getvalue()
-  buffer = io.BytesIO()
-  torch.save({"word_embed.weight": "text"}, buffer)
-  yield "text", buffer.getvalue()
-  buffer = io.BytesIO()
-  torch.save({"epoch": 3, "trainer": {"config": {}}}, buffer)
-  yield "trainer without models", buffer.getvalue()
-  buffer = io.BytesIO()
-  torch.save({"word_embed.weight": torch.zeros(2, 2).bfloat16()}, buffer)
-  yield "bfloat16", buffer.getvalue()
+  old = dict(_use_new_zipfile_serialization=False)
+  torch.save({"word_embed.weight": zeros_22}, buffer, **old)
+  yield "old torch", buffer.getvalue()
   buffer = io.BytesIO()
   with zipfile.ZipFile(buffer, "w") as archive:
     archive.writestr("letter.txt", "hello")
   yield "some zip", buffer.getvalue()
-
-
-def old_torch_file(torch):
-  buffer = io.BytesIO()
-  torch.save(
-    {"word_embed.weight": torch.zeros(3)},
-    buffer,
-    _use_new_zipfile_serialization=False,
-  )
-  return buffer.getvalue()
 
 
 def test_files_that_hold_something_else_and_nothing_is_run(
@@ -307,12 +303,12 @@ def test_files_that_hold_something_else_and_nothing_is_run(
   torch = pytest.importorskip("torch")
   monkeypatch.chdir(tmp_path)
   golden_files.write_torch_files(tmp_path)
-  for name, data in hostile_files(torch):
+  for name, data in odd_files(torch):
     broken = tmp_path / "broken.pth"
     broken.write_bytes(data)
     line = run(capsys, tmp_path, "--vae", "vae.pth", "--var", "broken.pth")
     assert "broken.pth" in line, name
-    if name == "torch":
+    if name == "hostile":
       assert "system" in line and "not run" in line
     assert not (tmp_path / "attacked").exists()
 
@@ -428,6 +424,8 @@ HUBS = [
    ["heads 2", "says 4"]),
   ("a list as config", unlisted(lambda c: c.write_text("[]")),
    ["config.json", "no table"]),
+  ("no table within", unlisted(lambda c: edit_json(c, vae_kwargs=3)),
+   ["config.json", "make no sense"]),
   ("odd settings",
    unlisted(lambda c: edit_json(c, vae_kwargs={"using_znorm": "maybe"})),
    ["config.json", "make no sense"]),

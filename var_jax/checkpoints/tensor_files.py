@@ -28,8 +28,8 @@ class TensorFile(NamedTuple):
 
   path: pathlib.Path  # of the file with the weights
   state_dicts: dict[str, Mapping[str, np.ndarray]]  # "vae", "var"
-  settings: Settings  # what a config.json beside it says
-  licence: str | None
+  settings: Settings = Settings()  # what a config.json beside it says
+  licence: str | None = None
 
 
 def read(name: str) -> TensorFile:
@@ -54,13 +54,9 @@ def read(name: str) -> TensorFile:
   if not path.stat().st_size:
     raise ValueError(f"{path} is empty; fetch or copy it again.")
   checksums.verify_file(path)
-  if path.suffix == ".safetensors":
-    return TensorFile(
-      path, _sorted_out(_open_safetensors(path), path), Settings(), None
-    )
-  return TensorFile(
-    path, _sorted_out(_open_torch(path), path), Settings(), None
-  )
+  safetensors = path.suffix == ".safetensors"
+  content = _open_safetensors(path) if safetensors else _open_torch(path)
+  return TensorFile(path, _sorted_out(content, path))
 
 
 def write_torch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -87,7 +83,7 @@ def _local(name: str) -> pathlib.Path:
   if path.exists():
     return path
   hub_id = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/(.+))?", name)
-  if not hub_id:
+  if not hub_id or (path.suffix in ENDINGS and not hub_id[2]):
     raise ValueError(f"{name} does not exist; check the path.")
   try:
     import huggingface_hub
@@ -131,16 +127,18 @@ def _hub_settings(path: pathlib.Path) -> Settings:
   config = files.read_json(path)
   if not isinstance(config, dict):
     raise ValueError(f"{path} is no table of settings; restore it.")
-  vae = config.get("vae_kwargs", config)
-  scales = config.get("patch_nums") or vae.get("v_patch_nums")
   try:
+    vae = config.get("vae_kwargs", config)
+    scales = config.get("patch_nums") or vae.get("v_patch_nums")
+    quant_resi = _maybe(float, vae.get("quant_resi"))
     return Settings(
       heads=_maybe(int, config.get("num_heads")),
       scales=scales and tuple(int(n) for n in scales),
       distance={True: "cosine", False: "euclidean", None: None}[
         vae.get("using_znorm")
       ],
-      quant_resi=_maybe(float, vae.get("quant_resi")),
+      # VAR: its sign means nothing.
+      quant_resi=_maybe(abs, quant_resi),
       norm_eps=_maybe(float, config.get("norm_eps")),
       drop_path=_maybe(float, config.get("drop_path_rate")),
       beta=_maybe(float, vae.get("beta")),
@@ -197,7 +195,7 @@ def _to_numpy(state_dict: Mapping, path: pathlib.Path) -> Mapping:
     return state_dict
   arrays = {}
   for name, tensor in state_dict.items():
-    if not hasattr(tensor, "numpy"):
+    if not isinstance(name, str) or not hasattr(tensor, "numpy"):
       raise ValueError(
         f"{path}: {name} is no tensor but {type(tensor).__name__}; give a "
         "plain state dict."

@@ -1,6 +1,7 @@
 """The tokenizer: image <-> tokens of all scales, coarse to fine."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -47,6 +48,10 @@ class TokenizerConfig:
       raise ValueError(
         f"channels {self.channels} do not split into {self.norm_groups} "
         "groups for GroupNorm; use a multiple, or fewer norm_groups."
+      )
+    if not 0 <= self.quant_resi < math.inf:
+      raise ValueError(
+        f"quant_resi {self.quant_resi} is no number of 0 or more; use 0.5."
       )
     if self.num_phis < 0:
       raise ValueError(f"num_phis {self.num_phis} is negative; use 0 or more.")
