@@ -30,7 +30,7 @@ setuptools.setup(
     "ml-collections>=1.0",
     "numpy>=2.0",
     "optax>=0.2.6",
-    "orbax-checkpoint>=0.11.30",
+    "orbax-checkpoint>=0.12.8",
     "pillow>=10.1",
     "rich",
     "safetensors>=0.5",
