@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 import var_jax
-from var_jax.checkpoints import convert, tensor_files, verify, weights
+from var_jax.checkpoints import convert, export, tensor_files, verify, weights
 from var_jax.checkpoints.architecture import Settings
 from var_jax.checkpoints.description import Description
 from var_jax.models.tokenizer import Tokenizer
@@ -137,7 +137,7 @@ def test_what_goes_back_has_the_recorded_hashes(
   workdirs, variant, tmp_path, to
 ):
   output = tmp_path / "out"
-  assert convert.export_official(workdirs[variant], output, to) == []
+  assert export.export_official(workdirs[variant], output, to) == []
   names = ["vae.safetensors", "var.safetensors"]
   if to == "hf":
     names = ["vae/model.safetensors", "model.safetensors"]
@@ -152,7 +152,7 @@ def test_what_goes_back_has_the_recorded_hashes(
 
 def test_a_hub_folder_says_what_no_tensor_says(workdirs, tmp_path):
   """C has no QK normalisation: its heads are in config.json alone."""
-  convert.export_official(workdirs["C"], tmp_path / "hub", "hf")
+  export.export_official(workdirs["C"], tmp_path / "hub", "hf")
   convert.import_official(
     None, str(tmp_path / "hub"), tmp_path / "back", Settings()
   )
@@ -161,6 +161,8 @@ def test_a_hub_folder_says_what_no_tensor_says(workdirs, tmp_path):
   )
   assert back.transformer == there.transformer
   assert back.tokenizer == there.tokenizer
+  sources = {"hub/model.safetensors", "vae/model.safetensors"}
+  assert set(back.origin["sources"]) == sources
 
 
 def test_torch_files_become_the_same_weights(workdirs, torch_files, tmp_path):
@@ -181,7 +183,7 @@ def test_torch_files_become_the_same_weights(workdirs, torch_files, tmp_path):
 
 def test_torch_exports_have_the_recorded_hashes(workdirs, variant, tmp_path):
   torch = pytest.importorskip("torch")
-  convert.export_official(workdirs[variant], tmp_path / "out", "torch")
+  export.export_official(workdirs[variant], tmp_path / "out", "torch")
   files = {"vae": "vae_tiny.pth", "var": golden_files.VAR_FILES[variant]}
   for kind, file in files.items():
     tensors = torch.load(tmp_path / "out" / f"{kind}.pth", weights_only=True)
@@ -194,8 +196,8 @@ def test_exports_load_strictly_in_the_reference(workdirs, variant, tmp_path):
   torch = pytest.importorskip("torch")
   import torch_reference
 
-  convert.export_official(workdirs[variant], tmp_path / "pt", "torch")
-  convert.export_official(workdirs[variant], tmp_path / "hub", "hf")
+  export.export_official(workdirs[variant], tmp_path / "pt", "torch")
+  export.export_official(workdirs[variant], tmp_path / "hub", "hf")
   tokenizer = torch_reference.Tokenizer(golden_files.TOKENIZER)
   var = torch_reference.VAR(golden_files.VARIANTS[variant])
   for module, kind, name in (
@@ -214,7 +216,7 @@ def test_a_trainer_checkpoint_holds_both_models(torch_files, tmp_path):
 
   source = str(torch_files / "trainer.pth")
   convert.import_official(None, source, tmp_path / "made", Settings())
-  convert.export_official(tmp_path / "made", tmp_path / "out", "torch")
+  export.export_official(tmp_path / "made", tmp_path / "out", "torch")
   trainer = torch.load(source, weights_only=True)["trainer"]
   for kind, name in (("vae", "vae_local"), ("var", "var_wo_ddp")):
     back = torch.load(tmp_path / "out" / f"{kind}.pth", weights_only=True)
@@ -223,9 +225,7 @@ def test_a_trainer_checkpoint_holds_both_models(torch_files, tmp_path):
   # These are the weights after the recorded five steps of run A.
   model = var_jax.load(tmp_path / "made")
   norms = golden_files.table("optim.json")["A"]["param_norms_after"]
-  flat = convert.official_var(
-    tmp_path / "made", model.config.transformer, "raw"
-  )
+  flat = export.official_var(tmp_path / "made", model.config.transformer, "raw")
   for name, norm in norms.items():
     assert np.linalg.norm(flat[name]) == pytest.approx(norm, rel=1e-5), name
 
@@ -266,7 +266,7 @@ def test_a_tokenizer_without_phi_converts(tmp_path):
     Settings(scales=(1, 2, 3, 4)),
   )  # fmt: skip
   assert var_jax.load(tmp_path / "made").config.tokenizer.quant_resi == 0
-  convert.export_official(tmp_path / "made", tmp_path / "back", "safetensors")
+  export.export_official(tmp_path / "made", tmp_path / "back", "safetensors")
   back = safetensors.numpy.load_file(tmp_path / "back" / "vae.safetensors")
   assert hashes(back) == hashes(tensors)
 
@@ -286,7 +286,7 @@ def test_exported_weights_are_the_average_or_the_raw_ones(tmp_path, workdirs):
   expected = golden_files.state_dict("var_tiny.pth")[name]
   for which, factor in (("ema", 2), ("raw", 1)):
     output = tmp_path / which
-    convert.export_official(tmp_path / "run", output, "safetensors", which)
+    export.export_official(tmp_path / "run", output, "safetensors", which)
     back = safetensors.numpy.load_file(output / "var.safetensors")
     np.testing.assert_array_equal(back[name], factor * expected)
 
@@ -303,7 +303,7 @@ def test_a_folder_says_what_it_is_and_where_it_comes_from(workdirs, official):
 
 
 def test_the_licence_of_a_hub_folder_is_kept(workdirs, tmp_path):
-  convert.export_official(workdirs["A"], tmp_path / "hub", "hf")
+  export.export_official(workdirs["A"], tmp_path / "hub", "hf")
   card = tmp_path / "hub" / "README.md"
   card.write_text("---\nlicense: cc-by-nc-4.0\ntags: [x]\n---\n# Mine\n")
   (tmp_path / "hub" / "checksums.json").unlink()
@@ -395,7 +395,7 @@ def test_models_that_an_official_file_cannot_hold_are_refused(tmp_path):
     cfg = dataclasses.replace(golden_files.TOKENIZER, **changes)
     Description(cfg).write(tmp_path)
     with pytest.raises(ValueError, match=message):
-      convert.export_official(tmp_path, tmp_path / "out", "torch")
+      export.export_official(tmp_path, tmp_path / "out", "torch")
     assert not (tmp_path / "out").exists()
 
 
@@ -408,7 +408,7 @@ def test_settings_that_the_official_class_has_fixed_are_told(tmp_path):
     jax.random.key(0, impl="rbg"), np.zeros((1, *cfg.image_shape, 3))
   )
   weights.write_model(tmp_path / "made", Description(cfg), variables)
-  told = convert.export_official(
+  told = export.export_official(
     tmp_path / "made", tmp_path / "out", "safetensors"
   )
   assert told == [
@@ -455,7 +455,7 @@ def test_hub_ids_are_fetched(workdirs, tmp_path, monkeypatch):
   import sys
   import types
 
-  convert.export_official(workdirs["A"], tmp_path / "hub", "hf")
+  export.export_official(workdirs["A"], tmp_path / "hub", "hf")
   calls = []
 
   def hf_hub_download(repository, file):
@@ -489,5 +489,5 @@ def test_what_was_written_is_not_written_over(workdirs, official, tmp_path):
       str(official / "vae.safetensors"), None, tmp_path / "made", Settings()
     )
   with pytest.raises(ValueError, match="made exists already"):
-    convert.export_official(workdirs["A"], tmp_path / "made", "hf")
+    export.export_official(workdirs["A"], tmp_path / "made", "hf")
   assert pathlib.Path(tmp_path / "made").exists()

@@ -1,16 +1,13 @@
-"""Official PyTorch checkpoints in, and our models out to where they came from.
+"""Official PyTorch checkpoints in: a model becomes a workdir.
 
-In, a model becomes a workdir without training state; out, a state dict that
-the official code loads with strict=True: parameters, the buffers that follow
-from the architecture, and the code counts that were carried along. Nothing is
-rounded on either way, so a model that goes there and back is the same bit for
-bit.
+Everything is read and checked before anything is written, and nothing is
+rounded: what `export.py` writes from the workdir is the same bit for bit.
 """
 
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,18 +15,12 @@ import numpy as np
 from var_jax import files
 from var_jax.checkpoints import (
   architecture,
-  checksums,
-  model_card,
   tensor_files,
   torch_format,
   weights,
 )
 from var_jax.checkpoints.architecture import Settings, Tensors
 from var_jax.checkpoints.description import Description
-from var_jax.models.tokenizer import TokenizerConfig
-from var_jax.models.transformer import VARConfig
-
-FORMATS = ("torch", "safetensors", "hf")
 
 
 class Source(NamedTuple):
@@ -89,7 +80,7 @@ def open_official(vae: str | None, var: str | None, said: Settings) -> Source:
     name: tensor_files.read(name) for name in dict.fromkeys((var, vae)) if name
   }
   for file in opened.values():
-    said = said.agree(file.settings, str(file.path.parent / "config.json"))
+    said = said.agree(file.settings, str(file.path / "config.json"))
   var_dict = vae_dict = None
   if var:
     var_dict = _pick(opened[var], "var", "--vae")
@@ -110,11 +101,13 @@ def open_official(vae: str | None, var: str | None, said: Settings) -> Source:
     hits_SV = torch_format.code_hits(vae_dict, tokenizer)
     if transformer:
       architecture.check_pair(tokenizer, transformer)
-  paths = dict.fromkeys(file.path for file in opened.values())
+  sources = [opened[vae or var].sources["vae"]]
+  if var:
+    sources.append(opened[var].sources["var"])
   licences = {file.licence for file in opened.values()} - {None}
   origin = {
     "made_by": "Converted by `var-jax convert` from the files below.",
-    "sources": {path.name: files.sha256(path) for path in paths},
+    "sources": _digests(sources),
     "licence": ", ".join(sorted(licences)) or None,
   }
   description = Description(tokenizer, transformer, origin=origin)
@@ -122,176 +115,13 @@ def open_official(vae: str | None, var: str | None, said: Settings) -> Source:
   return Source(description, vae_dict, var_dict, names, hits_SV)
 
 
-def export_official(
-  checkpoint: str,
-  output: str,
-  to: str,
-  which: str = "ema",
-  check: Callable[[pathlib.Path], None] | None = None,
-) -> list[str]:
-  """Write a workdir's newest model in the official layout.
-
-  Args:
-    output: a new folder.
-    to: "torch" writes vae.pth and var.pth, "safetensors" the same names, "hf"
-      a hub folder of the transformer with the tokenizer's in vae/.
-    which: "ema", which falls back to "raw" where none was kept, or "raw".
-    check: is given the folder before it gets its name.
-
-  Returns:
-    What the official tokenizer class has fixed otherwise, so that it would
-    not load the file.
-
-  Raises:
-    ValueError: there is no such model, or the format cannot hold it.
-  """
-  if to not in FORMATS:
-    raise ValueError(f"format {to!r} is not known; use one of {FORMATS}.")
-  checkpoint = pathlib.Path(checkpoint)
-  described = Description.read(checkpoint)
-  transformer = described.transformer
-  tokenizer_at = weights.tokenizer_folder(checkpoint)
-  tokenizer = Description.read(tokenizer_at).tokenizer
-  described = dataclasses.replace(described, tokenizer=tokenizer)
-  _check_expressible(described)
-  for part in dict.fromkeys((checkpoint, tokenizer_at)):
-    weights.verify(part)
-  with files.new_folder(output) as folder:
-    folder = pathlib.Path(folder)
-    _write(
-      folder,
-      "vae",
-      described,
-      to,
-      official_tokenizer(tokenizer_at, described.tokenizer, which),
-    )
-    if transformer:
-      _write(
-        folder,
-        "var",
-        described,
-        to,
-        official_var(checkpoint, transformer, which),
-      )
-    card = model_card.render(described.tokenizer, transformer, described.origin)
-    (folder / "README.md").write_text(card)
-    checksums.write(folder)
-    if check:
-      check(folder)
-  return architecture.official_limits(described.tokenizer)
-
-
-def official_var(
-  folder: pathlib.Path, cfg: VARConfig, which: str
-) -> dict[str, np.ndarray]:
-  """Return the official state dict of a workdir's transformer."""
-  entries = torch_format.var_entries(cfg)
-  abstract = torch_format.abstract_var(cfg)
-  tensors = dict(_official_parts(folder, abstract, entries, which))
-  return tensors | torch_format.var_buffers(cfg)
-
-
-def official_tokenizer(
-  folder: pathlib.Path, cfg: TokenizerConfig, which: str
-) -> dict[str, np.ndarray]:
-  """Return the official state dict of a workdir's tokenizer."""
-  entries = torch_format.tokenizer_entries(cfg)
-  abstract = torch_format.abstract_tokenizer(cfg)
-  tensors = dict(_official_parts(folder, abstract, entries, which))
-  hits_SV = weights.read_code_hits(folder)
-  if hits_SV is None:  # what a new official model has
-    hits_SV = np.zeros((len(cfg.scales), cfg.vocab_size), np.float32)
-  return tensors | {torch_format.CODE_HITS: hits_SV}
-
-
-def _official_parts(
-  folder, abstract, entries, which
-) -> Iterator[tuple[str, np.ndarray]]:
-  entries = list(entries)
-  for part in weights.read_parts(folder, abstract, which):
-    ours = [entry for entry in entries if entry.path in part]
-    for name, tensor in torch_format.official_tensors(part, ours):
-      yield name, _packed(tensor)
-
-
-def _packed(tensor: np.ndarray) -> np.ndarray:
-  """Return a transposed array contiguous, in the memory where it lies.
-
-  So no second copy of a large model exists, only one of a tensor.
-  """
-  if tensor.flags.c_contiguous:
-    return tensor
-  block = tensor.transpose(np.argsort(tensor.strides)[::-1])
-  assert block.flags.c_contiguous
-  flat = block.reshape(-1)
-  flat[:] = tensor.copy(order="C").reshape(-1)
-  return flat.reshape(tensor.shape)
-
-
-def _write(folder, kind, described, to, tensors) -> None:
-  if to == "torch":
-    tensor_files.write_torch(folder / f"{kind}.pth", tensors)
-  elif to == "safetensors":
-    tensor_files.write_safetensors(folder / f"{kind}.safetensors", tensors)
-  else:
-    # The transformer is the hub's model; a tokenizer lies within, or alone.
-    if kind == "vae" and described.transformer:
-      folder = folder / "vae"
-      folder.mkdir()
-    config = _vae_arguments(described.tokenizer)
-    if kind == "var":
-      config = _var_arguments(described.transformer, described.tokenizer)
-    files.write_json(folder / "config.json", config)
-    tensor_files.write_safetensors(folder / "model.safetensors", tensors)
-
-
-def _vae_arguments(cfg: TokenizerConfig) -> dict[str, Any]:
-  """Return the arguments of the official tokenizer class."""
-  return dict(
-    vocab_size=cfg.vocab_size,
-    z_channels=cfg.latent_channels,
-    ch=cfg.channels,
-    beta=cfg.beta,
-    using_znorm=cfg.distance == "cosine",
-    quant_resi=cfg.quant_resi,
-    share_quant_resi=cfg.num_phis,
-    v_patch_nums=cfg.scales,
-    test_mode=True,
-  )
-
-
-def _var_arguments(
-  cfg: VARConfig, tokenizer: TokenizerConfig
-) -> dict[str, Any]:
-  """Return the arguments of the official hub class of the transformer."""
-  return dict(
-    vae_kwargs=_vae_arguments(tokenizer),
-    num_classes=cfg.num_classes,
-    depth=cfg.depth,
-    embed_dim=cfg.width,
-    num_heads=cfg.heads,
-    mlp_ratio=cfg.mlp_ratio,
-    drop_rate=cfg.dropout,
-    drop_path_rate=cfg.drop_path,
-    norm_eps=cfg.norm_eps,
-    shared_aln=cfg.shared_adaln,
-    attn_l2_norm=cfg.qk_norm,
-    patch_nums=cfg.scales,
-  )
-
-
-def _check_expressible(described: Description) -> None:
-  cfg = described.tokenizer
-  if cfg.norm_groups != TokenizerConfig.norm_groups:
-    raise ValueError(
-      f"norm_groups {cfg.norm_groups} has no place in an official file, whose "
-      f"reader would use {TokenizerConfig.norm_groups}; train with that."
-    )
-  if not all(isinstance(size, int) for size in cfg.scales):
-    raise ValueError(
-      f"scales {cfg.scales} are not all square, which the official code "
-      "cannot tell from a file; export a model of square maps."
-    )
+def _digests(paths: list[pathlib.Path]) -> dict[str, str]:
+  """Return the SHA-256 of files by name, with the folder's if names clash."""
+  paths = list(dict.fromkeys(paths))
+  names = [path.name for path in paths]
+  if len(set(names)) < len(names):
+    names = [f"{path.parent.name}/{path.name}" for path in paths]
+  return dict(zip(names, map(files.sha256, paths), strict=True))
 
 
 def _pick(file: tensor_files.TensorFile, kind: str, other_flag: str):

@@ -26,8 +26,9 @@ ENDINGS = (".pth", ".pt", ".safetensors")
 class TensorFile(NamedTuple):
   """The state dicts of a file or folder, tokenizer and transformer by name."""
 
-  path: pathlib.Path  # of the file with the weights
+  path: pathlib.Path
   state_dicts: dict[str, Mapping[str, np.ndarray]]  # "vae", "var"
+  sources: dict[str, pathlib.Path]  # the files they lie in, likewise
   settings: Settings = Settings()  # what a config.json beside it says
   licence: str | None = None
 
@@ -56,7 +57,8 @@ def read(name: str) -> TensorFile:
   checksums.verify_file(path)
   safetensors = path.suffix == ".safetensors"
   content = _open_safetensors(path) if safetensors else _open_torch(path)
-  return TensorFile(path, _sorted_out(content, path))
+  state_dicts = _sorted_out(content, path)
+  return TensorFile(path, state_dicts, dict.fromkeys(state_dicts, path))
 
 
 def write_torch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -107,19 +109,24 @@ def _local(name: str) -> pathlib.Path:
 
 
 def _read_folder(folder: pathlib.Path) -> TensorFile:
-  path = folder / "model.safetensors"
-  if not path.exists():
+  model, tokenizer = (
+    within / "model.safetensors" for within in (folder, folder / "vae")
+  )
+  if not model.exists():
     raise ValueError(
       f"{folder} has no model.safetensors; give a hub folder, or a .pth or "
       ".safetensors file."
     )
   if (folder / checksums.NAME).exists():
     checksums.verify(folder)
-  state_dicts = _sorted_out(_open_safetensors(path), path)
   settings = _hub_settings(folder / "config.json")
-  if (vae := folder / "vae" / "model.safetensors").exists():
-    state_dicts |= _sorted_out(_open_safetensors(vae), vae)
-  return TensorFile(path, state_dicts, settings, _licence(folder))
+  state_dicts, sources = {}, {}
+  for path in (model, tokenizer):
+    if path.exists():
+      found = _sorted_out(_open_safetensors(path), path)
+      state_dicts |= found
+      sources |= dict.fromkeys(found, path)
+  return TensorFile(folder, state_dicts, sources, settings, _licence(folder))
 
 
 def _hub_settings(path: pathlib.Path) -> Settings:

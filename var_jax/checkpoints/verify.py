@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from var_jax.checkpoints import convert, tensor_files, torch_format, weights
+from var_jax.checkpoints import (
+  convert,
+  export,
+  tensor_files,
+  torch_format,
+  weights,
+)
 from var_jax.checkpoints.architecture import Tensors
 from var_jax.checkpoints.description import Description
 from var_jax.models.tokenizer import Tokenizer
@@ -67,11 +73,11 @@ def exported(folder: pathlib.Path, checkpoint: str, which: str) -> list[Row]:
 def _table(workdir, description, which, vae, var) -> list[Row]:
   at = weights.tokenizer_folder(workdir)
   tokenizer = Description.read(at).tokenizer
-  ours = convert.official_tokenizer(at, tokenizer, which)
+  ours = export.official_tokenizer(at, tokenizer, which)
   rows = [_compare_tensors("tokenizer", ours, vae)]
   del ours
   if description.transformer:
-    ours = convert.official_var(workdir, description.transformer, which)
+    ours = export.official_var(workdir, description.transformer, which)
     rows.append(_compare_tensors("transformer", ours, var))
     del ours
   return rows + _compare_models(workdir, which, vae, var)

@@ -97,7 +97,7 @@ def _import(args) -> None:
 
 
 def _export(args) -> None:
-  from var_jax.checkpoints import convert, verify
+  from var_jax.checkpoints import export, verify
 
   which = args.weights or "ema"
   rows = []
@@ -106,7 +106,7 @@ def _export(args) -> None:
     if args.verify:
       rows.extend(verify.exported(folder, args.checkpoint, which))
 
-  fixed = convert.export_official(
+  fixed = export.export_official(
     args.checkpoint, args.output, args.to, which, check
   )
   _print_table(rows)
