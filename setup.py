@@ -33,7 +33,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12.8",
     "pillow>=10.1",
     "rich",
-    "safetensors>=0.5",
+    "safetensors>=0.8",
     "scikit-learn>=1.4",
     "tensorflow-datasets>=4.9.8",
   ],

@@ -33,6 +33,16 @@ def main():
   parser.add_argument("--dtype", help="float32 or bfloat16; by platform")
   args = parser.parse_args()
 
+  settings = {
+    "weights": str(args.files.absolute()),
+    "depth": args.depth,
+    "per_class": args.per_class,
+    "batch": args.batch,
+    "seed": args.seed,
+    "dtype": args.dtype,
+    **SETTINGS,
+  }
+  check_settings(args.output / "settings.json", settings)
   workdir = args.output / "model"
   if not workdir.exists():
     convert(args.files, args.depth, workdir)
@@ -45,8 +55,25 @@ def main():
     if not path.exists():
       draw(model, key, range(first, min(first + args.batch, total)), path)
       print(f"{min(first + args.batch, total)} of {total} images", flush=True)
-  pack(sorted(parts.glob("*.npy")), total, args.output / "samples.npz")
-  print(f"wrote {args.output / 'samples.npz'}")
+  path = args.output / "samples.npz"
+  pack(sorted(parts.glob("*.npy")), total, path)
+  record = {**settings, "images": total, "sha256": files.sha256(path)}
+  files.write_json(path.with_suffix(".json"), record)
+  print(f"wrote {path}")
+
+
+def check_settings(path: pathlib.Path, settings: dict) -> None:
+  """Record the settings of a new run, refuse those of another."""
+  if not path.exists():
+    files.write_json(path, settings)
+    return
+  there = files.read_json(path)
+  for name, value in settings.items():
+    if there.get(name) != value:
+      raise SystemExit(
+        f"{path} is of another run: {name} is {there.get(name)!r} there and "
+        f"{value!r} here; use a new --output."
+      )
 
 
 def convert(folder: pathlib.Path, depth: int, workdir: pathlib.Path) -> None:
@@ -77,11 +104,7 @@ def draw(model, key, numbers: range, path: pathlib.Path) -> None:
 def pack(parts: list[pathlib.Path], total: int, path: pathlib.Path) -> None:
   """Write all parts as one array, through a file: it may exceed the memory."""
   shapes = [np.load(part, mmap_mode="r").shape for part in parts]
-  if (count := sum(shape[0] for shape in shapes)) != total:
-    raise SystemExit(
-      f"{path.parent / 'parts'} holds {count} images, not {total}: parts of "
-      "another --batch or --per-class lie there; use a new --output."
-    )
+  assert sum(shape[0] for shape in shapes) == total
   whole = path.with_name("samples.npy")
   images_BHW3 = np.lib.format.open_memmap(
     whole, "w+", np.uint8, (total, *shapes[0][1:])
@@ -94,8 +117,6 @@ def pack(parts: list[pathlib.Path], total: int, path: pathlib.Path) -> None:
     np.savez(file, arr_0=images_BHW3)
   path.with_suffix(".partial").rename(path)
   whole.unlink()
-  record = {"images": total, "sha256": files.sha256(path), **SETTINGS}
-  files.write_json(path.with_suffix(".json"), record)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import zipfile
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +100,12 @@ def tokenizer_tensors(share):
   phis = arrays(f"vae_share{share}_znorm0.npz")
   others = {k: v for k, v in tensors.items() if "quant_resi" not in k}
   return others | {k[2:]: v for k, v in phis.items() if k.startswith("w.")}
+
+
+def to_official(params, entries) -> dict[str, np.ndarray]:
+  """Return the official state dict of a parameter tree, without buffers."""
+  arrays = flax.traverse_util.flatten_dict(params, sep="/")
+  return dict(torch_format.official_tensors(arrays, entries))
 
 
 @functools.cache

@@ -48,5 +48,6 @@ def test_the_script_draws_every_class_in_turn_and_resumes(
   with np.load(output / "samples.npz") as file:
     np.testing.assert_array_equal(file["arr_0"], images)
 
-  with pytest.raises(SystemExit, match="not 10"):
-    run(tmp_path, output, "--per-class", 1, "--batch", 8)
+  for changed in (["--per-class", 1], ["--depth", 20], ["--seed", 7]):
+    with pytest.raises(SystemExit, match="is of another run: .*there and"):
+      run(tmp_path, output, *flags, *changed)

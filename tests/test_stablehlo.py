@@ -13,7 +13,7 @@ import safetensors.numpy
 
 import var_jax
 from var_jax import cli
-from var_jax.checkpoints import weights
+from var_jax.checkpoints import store, weights
 from var_jax.checkpoints.description import Description
 
 BATCH = 2
@@ -59,7 +59,7 @@ def export(workdir, output, *flags):
   return cli.main(["convert", "--output", str(output), *map(str, arguments)])
 
 
-def test_the_programs_draw_and_decode_the_same_image(workdir, tmp_path, capsys):
+def test_the_readme_draws_and_decodes_the_same_image(workdir, tmp_path, capsys):
   output = tmp_path / "programs"
   assert export(workdir, output, "--batch", BATCH) == 0
   assert f"decode and sample of batch {BATCH}" in capsys.readouterr().out
@@ -69,6 +69,54 @@ def test_the_programs_draw_and_decode_the_same_image(workdir, tmp_path, capsys):
   np.testing.assert_array_equal(found["drawn"], sample.tokens_BL)
   # The whole sampler is one program there and one a scale here.
   np.testing.assert_allclose(found["images"], sample.images_BHW3, atol=1e-5)
+
+  # Labels, keys and options are arguments, not constants of the program.
+  arrays = safetensors.numpy.load_file(output / "weights.safetensors")
+  data = (output / "sample.stablehlo").read_bytes()
+  program = jax.export.deserialize(bytearray(data)).call
+  for labels, seed, guidance, top_k, top_p in (
+    ([3, -1], 5, 4.0, 5, 0.0),
+    ([7, 2], 6, 0.0, 0, 0.5),
+  ):
+    key = jax.random.key(seed)
+    images, tokens = program(
+      arrays,
+      np.array(labels, np.int32),
+      jax.random.key_data(key),
+      np.float32(guidance),
+      np.int32(top_k),
+      np.float32(top_p),
+    )
+    sample = model.sample(
+      labels, key, guidance=guidance, top_k=top_k, top_p=top_p
+    )
+    np.testing.assert_array_equal(tokens, sample.tokens_BL)
+    np.testing.assert_allclose(images, sample.images_BHW3, atol=1e-5)
+
+
+@pytest.mark.parametrize("which, factor", [("ema", 2), ("raw", 1)])
+def test_programs_hold_the_average_or_the_raw_weights(
+  workdir, tmp_path, which, factor
+):
+  _, tokenizer, _ = weights.read_models(workdir)
+  Description(golden_files.TOKENIZER).write(tmp_path / "run")
+  checkpoints = store.Store(tmp_path / "run", keep=1)
+  doubled = jax.tree.map(lambda x: 2 * x, tokenizer)
+  checkpoints.save(1, {"params": tokenizer, "ema": doubled}, position=0)
+  checkpoints.close()
+  output = tmp_path / "programs"
+  assert export(tmp_path / "run", output, "--weights", which) == 0
+  arrays = safetensors.numpy.load_file(output / "weights.safetensors")
+  np.testing.assert_array_equal(
+    arrays["tokenizer/params/codebook"],
+    factor * np.asarray(tokenizer["params"]["codebook"]),
+  )
+
+
+def test_keys_are_threefry_whatever_the_default(workdir, tmp_path):
+  output = tmp_path / "programs"
+  with jax.default_prng_impl("rbg"):
+    assert export(workdir, output) == 0
 
 
 def test_a_tokenizer_alone_becomes_a_decoder(workdir, tmp_path):

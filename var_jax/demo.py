@@ -17,7 +17,7 @@ from var_jax import api, files, images
 from var_jax.data import pipeline, sources, transforms
 from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.models.transformer import VARConfig
-from var_jax.training import loop
+from var_jax.training import checks, loop
 from var_jax.training.config import section
 from var_jax.training.optim import OptimizerConfig
 from var_jax.training.tokenizer_step import TokenizerLossConfig
@@ -63,8 +63,8 @@ def run(workdir: epath.PathLike) -> None:
   metrics["settings"] = {
     "sampling": SAMPLING,
     "samples_a_class": SAMPLES_A_CLASS,
-    "tokenizer": loop.config_to_json(tokenizer_config()),
-    "var": loop.config_to_json(var_config()),
+    "tokenizer": checks.to_json(tokenizer_config()),
+    "var": checks.to_json(var_config()),
   }
   files.write_json(workdir / "metrics.json", metrics)
   missed = _print_metrics(metrics)

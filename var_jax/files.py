@@ -53,6 +53,7 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
   """
   path = epath.Path(path).absolute()
   check_new(path)
+  made = [parent for parent in path.parents if not parent.exists()]
   aside = path.with_name(f".{path.name}.partial")
   aside.rmtree(missing_ok=True)  # what a killed process left
   try:
@@ -61,6 +62,9 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     aside.rename(path)
   except BaseException:
     aside.rmtree(missing_ok=True)
+    for parent in made:  # the innermost first
+      if parent.exists():
+        parent.rmdir()
     raise
 
 

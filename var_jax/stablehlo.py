@@ -22,11 +22,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from var_jax import api, files
-from var_jax.checkpoints import checksums, tensor_files
+from var_jax.checkpoints import checksums, model_card, tensor_files
+from var_jax.checkpoints.description import Description
 from var_jax.generation import sampler
 from var_jax.generation.sampler import ModelParams, Options
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+KEY_KIND = "threefry2x32"
 
 
 def export(
@@ -53,7 +55,8 @@ def export(
       (folder / f"{name}.stablehlo").write_bytes(data)
     plain = {name: np.asarray(array) for name, array in arrays.items()}
     tensor_files.write_safetensors(folder / "weights.safetensors", plain)
-    text = _readme(model, batch, "sample" in programs)
+    origin = Description.read(checkpoint).origin
+    text = _readme(model, batch, origin)
     (folder / "README.md").write_text(text)
     checksums.write(folder)
   return list(programs)
@@ -83,7 +86,9 @@ def sample_program(
   """
 
   def sample(weights, labels_B, key, guidance, top_k, top_p):
-    keys_B = sampler.image_keys(jax.random.wrap_key_data(key), batch)
+    keys_B = sampler.image_keys(
+      jax.random.wrap_key_data(key, impl=KEY_KIND), batch
+    )
     options = Options(guidance, top_k, top_p)
     drawn = sampler.generate(
       model.models, _params(weights), labels_B, keys_B, options
@@ -111,7 +116,7 @@ def _params(weights: dict[str, jax.Array]) -> ModelParams:
   return ModelParams(tree["tokenizer"], tree.get("var"))
 
 
-def _readme(model: api.Model, batch: int, samples: bool) -> str:
+def _readme(model: api.Model, batch: int, origin: dict[str, Any]) -> str:
   H, W = model.config.tokenizer.image_shape
   L = model.config.tokenizer.schedule.num_tokens
   lines = [
@@ -135,10 +140,10 @@ def _readme(model: api.Model, batch: int, samples: bool) -> str:
     "  return jax.jit(jax.export.deserialize(bytearray(data)).call)",
     "",
   ]
-  if samples:
+  if model.models.var:
     lines += [
       f"labels = np.zeros({batch}, np.int32)  # -1: unconditional",
-      "key = jax.random.key_data(jax.random.key(0))",
+      f'key = jax.random.key_data(jax.random.key(0, impl="{KEY_KIND}"))',
       "options = np.float32(1.5), np.int32(900), np.float32(0.96)",
       "# guidance, top-k and top-p as the paper's FID has them; 0 is off",
       'images, tokens = program("sample")(weights, labels, key, *options)',
@@ -148,6 +153,10 @@ def _readme(model: api.Model, batch: int, samples: bool) -> str:
   lines += [
     'images = program("decode")(weights, tokens)  # float32 in [-1, 1]',
     "```",
+    "",
+    origin.get("made_by", "How the weights were made is not recorded."),
+    "",
+    model_card.licence_sentence(origin),
     "",
   ]
   return "\n".join(lines)

@@ -12,7 +12,17 @@ import pytest
 import safetensors.numpy
 
 import var_jax
-from var_jax.checkpoints import convert, export, tensor_files, verify, weights
+from var_jax import cli
+from var_jax.checkpoints import (
+  convert,
+  export,
+  model_card,
+  store,
+  tensor_files,
+  torch_format,
+  verify,
+  weights,
+)
 from var_jax.checkpoints.architecture import Settings
 from var_jax.checkpoints.description import Description
 from var_jax.models.tokenizer import Tokenizer
@@ -272,23 +282,26 @@ def test_a_tokenizer_without_phi_converts(tmp_path):
 
 
 def test_exported_weights_are_the_average_or_the_raw_ones(tmp_path, workdirs):
-  from var_jax.checkpoints import store
-
   description, tokenizer, var = weights.read_models(workdirs["A"])
   alone = Description(description.tokenizer)
+  runs = {"var": (tmp_path / "run", description, var)}
+  runs["vae"] = (tmp_path / "tokenizer_run", alone, tokenizer)
   weights.write_tokenizer(tmp_path / "run", alone, tokenizer)
-  description.write(tmp_path / "run")
-  checkpoints = store.Store(tmp_path / "run", keep=1)
-  doubled = jax.tree.map(lambda x: 2 * x, var)
-  checkpoints.save(5, {"params": var, "ema": doubled}, position=0)
-  checkpoints.close()
-  name = "head.bias"
-  expected = golden_files.state_dict("var_tiny.pth")[name]
-  for which, factor in (("ema", 2), ("raw", 1)):
-    output = tmp_path / which
-    export.export_official(tmp_path / "run", output, "safetensors", which)
-    back = safetensors.numpy.load_file(output / "var.safetensors")
-    np.testing.assert_array_equal(back[name], factor * expected)
+  names = {"var": "head.bias", "vae": "encoder.conv_in.bias"}
+  files = {"var": "var_tiny.pth", "vae": "vae_tiny.pth.xz"}
+  for kind, (run, described, variables) in runs.items():
+    described.write(run)
+    checkpoints = store.Store(run, keep=1)
+    doubled = jax.tree.map(lambda x: 2 * x, variables)
+    checkpoints.save(5, {"params": variables, "ema": doubled}, position=0)
+    checkpoints.close()
+    expected = golden_files.state_dict(files[kind])[names[kind]]
+    for which, factor in (("ema", 2), ("raw", 1)):
+      output = tmp_path / kind / which
+      export.export_official(run, output, "safetensors", which)
+      back = safetensors.numpy.load_file(output / f"{kind}.safetensors")
+      np.testing.assert_array_equal(back[names[kind]], factor * expected)
+      assert f"the {which} weights" in (output / "README.md").read_text()
 
 
 def test_a_folder_says_what_it_is_and_where_it_comes_from(workdirs, official):
@@ -302,16 +315,232 @@ def test_a_folder_says_what_it_is_and_where_it_comes_from(workdirs, official):
   assert set(origin["sources"]) == {"A.safetensors", "vae.safetensors"}
 
 
-def test_the_licence_of_a_hub_folder_is_kept(workdirs, tmp_path):
-  export.export_official(workdirs["A"], tmp_path / "hub", "hf")
-  card = tmp_path / "hub" / "README.md"
-  card.write_text("---\nlicense: cc-by-nc-4.0\ntags: [x]\n---\n# Mine\n")
-  (tmp_path / "hub" / "checksums.json").unlink()
-  convert.import_official(
-    None, str(tmp_path / "hub"), tmp_path / "made", Settings()
+@pytest.mark.parametrize(
+  "card, licence",
+  [
+    ("---\nlicense: cc-by-nc-4.0\ntags: [x]\n---\n# Mine\n", "cc-by-nc-4.0"),
+    ('---\nlicense: "mit"\n---\n', "mit"),
+    ("---\ntags: [x]\n---\n# Mine\nlicense: of the text\n---\n", None),
+    ("# Mine\n\nlicense: none\n", None),
+  ],
+)
+def test_the_licence_of_a_hub_folder_is_kept(tmp_path, card, licence):
+  (tmp_path / "README.md").write_text(card)
+  assert tensor_files._licence(tmp_path) == licence
+  origin = {"sources": {"x": "y"}, "licence": licence}
+  text = model_card.render(golden_files.TOKENIZER, None, origin)
+  assert (f"license: {licence}\n" in text) == bool(licence)
+
+
+def test_a_large_model_is_read_in_many_parts(workdirs, tmp_path, monkeypatch):
+  whole = weights.read_models(workdirs["A"])
+  monkeypatch.setattr(weights, "PART_BYTES", 1)
+  parts = list(
+    weights.read_parts(
+      workdirs["A"], torch_format.abstract_var(whole[0].transformer), "raw"
+    )
   )
-  text = (tmp_path / "made" / "README.md").read_text()
-  assert "license: cc-by-nc-4.0\n" in text
+  assert len(parts) > 10 and all(len(part) == 1 for part in parts)
+  sizes = [array.size for part in parts for array in part.values()]
+  assert sizes == sorted(sizes, reverse=True)
+  for ours, theirs in zip(
+    weights.read_models(workdirs["A"])[1:], whole[1:], strict=True
+  ):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  export.export_official(workdirs["A"], tmp_path / "out", "safetensors")
+  back = safetensors.numpy.load_file(tmp_path / "out" / "var.safetensors")
+  assert hashes(back) == recorded_hashes("var_tiny.pth")
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 1), (1, 1), (2, 3, 4, 5)])
+def test_a_tensor_is_packed_where_it_lies(shape):
+  array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+  expected = array.T.copy()
+  packed = export._packed(array.T)
+  np.testing.assert_array_equal(packed, expected)
+  assert packed.flags.c_contiguous and np.shares_memory(packed, array)
+
+
+def test_safetensors_are_for_everyone_and_of_any_strides(tmp_path):
+  path = tmp_path / "x.safetensors"
+  array = np.arange(6, dtype=np.float32).reshape(2, 3)
+  tensor_files.write_safetensors(path, {"x": array.T})
+  np.testing.assert_array_equal(safetensors.numpy.load_file(path)["x"], array.T)
+  assert path.stat().st_mode & 0o777 == 0o644
+  with safetensors.safe_open(path, framework="np") as file:
+    assert file.metadata() == {"format": "pt"}  # the hub's readers look for it
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(distance="cosine", num_phis=1),
+    dict(num_phis=0, beta=0.5),
+    dict(quant_resi=0.25),
+  ],
+)
+def test_a_tokenizer_goes_through_a_hub_folder(tmp_path, changes):
+  cfg = dataclasses.replace(
+    golden_files.TOKENIZER, channel_mults=(1, 1), **changes
+  )
+  variables = jax.jit(Tokenizer(cfg).init)(
+    jax.random.key(0, impl="rbg"), np.zeros((1, *cfg.image_shape, 3))
+  )
+  weights.write_model(tmp_path / "made", Description(cfg), variables)
+  export.export_official(tmp_path / "made", tmp_path / "hub", "hf")
+  if "quant_resi" in changes:  # VAR: its sign means nothing
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    config["quant_resi"] *= -1
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "hub" / "checksums.json").unlink()
+  convert.import_official(
+    str(tmp_path / "hub"), None, tmp_path / "back", Settings()
+  )
+  described, back = weights.read_tokenizer(tmp_path / "back")
+  assert described.tokenizer == cfg
+  jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def test_a_transformer_keeps_its_epsilon_through_a_hub_folder(tmp_path):
+  cfg = dataclasses.replace(
+    golden_files.VARIANTS["C"], norm_eps=1e-5, drop_path=0.2
+  )
+  tokenizer, variables = golden_files.tokenizer()
+  made = tmp_path / "made"
+  made.mkdir()
+  weights.write_tokenizer(made, Description(tokenizer), variables)
+  weights.write_model(
+    made, Description(tokenizer, cfg), golden_files.var_params("C")
+  )
+  export.export_official(made, tmp_path / "hub", "hf")
+  convert.import_official(
+    None, str(tmp_path / "hub"), tmp_path / "back", Settings()
+  )
+  assert Description.read(tmp_path / "back").transformer == cfg
+
+
+def strip(official, folder):
+  """Write the files without what follows from the architecture."""
+  for name in ("vae", "A"):
+    tensors = safetensors.numpy.load_file(official / f"{name}.safetensors")
+    kept = {
+      k: v
+      for k, v in tensors.items()
+      if not torch_format.is_buffer(k) or k == "lvl_1L"
+    }
+    assert len(kept) < len(tensors)
+    safetensors.numpy.save_file(kept, folder / f"{name}.safetensors")
+
+
+def test_files_without_buffers_convert_and_come_back_with_them(
+  official, tmp_path
+):
+  strip(official, tmp_path)
+  rows = []
+  convert.import_official(
+    str(tmp_path / "vae.safetensors"),
+    str(tmp_path / "A.safetensors"),
+    tmp_path / "made",
+    Settings(),
+    lambda folder, source: rows.extend(verify.imported(folder, source)),
+  )
+  assert [row.tensors for row in rows[:2]] == [323, 47]
+  export.export_official(tmp_path / "made", tmp_path / "back", "safetensors")
+  back = safetensors.numpy.load_file(tmp_path / "back" / "var.safetensors")
+  assert hashes(back) == recorded_hashes("var_tiny.pth")
+  back = safetensors.numpy.load_file(tmp_path / "back" / "vae.safetensors")
+  assert not back[torch_format.CODE_HITS].any()
+
+
+def test_code_counts_of_other_scales_are_left_out_and_told(official, tmp_path):
+  """As the official tokenizer does; alone, they tell that scales are wrong."""
+  tensors = safetensors.numpy.load_file(official / "vae.safetensors")
+  tensors[torch_format.CODE_HITS] = tensors[torch_format.CODE_HITS][:3].copy()
+  path = tmp_path / "vae.safetensors"
+  safetensors.numpy.save_file(tensors, path)
+  description = convert.import_official(
+    str(path), str(official / "A.safetensors"), tmp_path / "made", Settings()
+  )
+  (note,) = description.origin["notes"]
+  assert "of 3 scales, the transformer has 4" in note
+  assert note in (tmp_path / "made" / "README.md").read_text()
+  assert weights.read_code_hits(tmp_path / "made") is None
+  with pytest.raises(ValueError, match="has 4 scales, but .* counts 3"):
+    convert.import_official(
+      str(path), None, tmp_path / "alone", Settings(scales=(1, 2, 3, 4))
+    )
+
+
+def test_parameters_of_a_module_are_tensors_too(torch_files, tmp_path):
+  import torch
+
+  state_dict = torch.load(torch_files / "A.pth", weights_only=True)
+  parameters = {
+    k: torch.nn.Parameter(v) if v.is_floating_point() else v
+    for k, v in state_dict.items()
+  }
+  torch.save(parameters, tmp_path / "A.pth")
+  found = tensor_files.read(str(tmp_path / "A.pth")).state_dicts["var"]
+  assert hashes(found) == recorded_hashes("var_tiny.pth")
+
+
+def test_an_export_is_verified_by_reading_it(workdirs, tmp_path):
+  torch = pytest.importorskip("torch")
+  del torch
+  flags = ["--checkpoint", workdirs["A"], "--to", "torch", "--verify"]
+  flags += ["--output", tmp_path / "out"]
+  assert cli.main(["convert", *map(str, flags)]) == 0
+
+
+def lose(tensors):
+  return {k: v for k, v in tensors.items() if ".1.ffn" not in k}
+
+
+def turn(tensors):
+  name = "blocks.1.attn.proj.weight"
+  return tensors | {name: tensors[name].T.copy()}
+
+
+@pytest.mark.parametrize("damage", [lose, turn])
+def test_an_export_that_lost_something_is_not_left(
+  workdirs, tmp_path, monkeypatch, capsys, damage
+):
+  honest = tensor_files.write_safetensors
+
+  def write(path, tensors):
+    honest(path, damage(tensors) if "var" in path.name else tensors)
+
+  monkeypatch.setattr(tensor_files, "write_safetensors", write)
+  flags = ["--checkpoint", workdirs["A"], "--to", "safetensors", "--verify"]
+  flags += ["--output", tmp_path / "out"]
+  assert cli.main(["convert", *map(str, flags)]) == 1
+  err = capsys.readouterr().err
+  assert "blocks.1.ffn" in err or "attn/proj" in err
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoder_that_differs_is_not_left(official, tmp_path, monkeypatch):
+  pytest.importorskip("torch")
+  honest = Tokenizer.quantize_latent
+
+  def other(self, f_BhwZ, scales=None):
+    return honest(self, -f_BhwZ, scales)
+
+  monkeypatch.setattr(Tokenizer, "quantize_latent", other)
+  with pytest.raises(ValueError, match="of an image's tokens are the PyTorch"):
+    convert.import_official(
+      str(official / "vae.safetensors"),
+      None,
+      tmp_path / "made",
+      Settings(scales=(1, 2, 3, 4)),
+      verify.imported,
+    )
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_nobody_knows_are_refused(workdirs, tmp_path):
+  with pytest.raises(ValueError, match="weights 'best' is not known"):
+    export.export_official(workdirs["A"], tmp_path / "out", "hf", "best")
 
 
 def test_the_table_says_zero_and_compares_with_the_reference(
@@ -331,9 +560,10 @@ def test_the_table_says_zero_and_compares_with_the_reference(
   assert transformer.tensors == len(HASHES[golden_files.VAR_FILES[variant]])
   assert transformer.difference == "0"
   assert [row.what for row in rest] == [
-    "tokens of an image", "reconstruction, to PyTorch", "logits, to PyTorch",
+    "latent, to PyTorch", "tokens",
+    "reconstruction, to PyTorch", "logits, to PyTorch",
   ]  # fmt: skip
-  assert rest[0].difference == "100.00% the same"
+  assert rest[1].difference == "100.00% the same"
 
 
 def test_a_conversion_that_loses_something_leaves_nothing(
@@ -352,7 +582,7 @@ def test_a_conversion_that_loses_something_leaves_nothing(
     return params
 
   monkeypatch.setattr(torch_format, "from_official", swapped)
-  with pytest.raises(ValueError, match="blocks.0.attn.proj.weight comes back"):
+  with pytest.raises(ValueError, match="blocks.0.attn.proj.weight does not"):
     convert.import_official(
       str(official / "vae.safetensors"),
       str(official / "A.safetensors"),

@@ -93,6 +93,38 @@ def test_a_truncated_checkpoint_without_checksums_is_one_line_that_names_it(
   gc.collect()
 
 
+def test_a_damaged_step_is_not_resumed(workdir, variables):
+  path = max(
+    (workdir / "checkpoints" / "2" / "params").rglob("*"),
+    key=lambda path: path.stat().st_size if path.is_file() else 0,
+  )
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(bytes(data))
+  checkpoints = store.Store(workdir, keep=2)
+  with pytest.raises(ValueError, match="is not what was written"):
+    checkpoints.restore(2, {"params": variables})
+  trees, position = checkpoints.restore(1, {"params": variables})
+  checkpoints.close()
+  assert position == 1
+  jax.tree.map(np.testing.assert_array_equal, trees["params"], variables)
+
+
+def test_every_step_has_its_checksums_when_it_has_its_name(workdir):
+  for step in ("1", "2"):
+    folder = workdir / "checkpoints" / step
+    listed = json.loads((folder / "checksums.json").read_text())["sha256"]
+    kept = {
+      str(path.relative_to(folder))
+      for path in folder.rglob("*")
+      if path.is_file() and path.parent != folder
+    }
+    assert kept - set(listed) <= {
+      name for name in kept if name.endswith("commit_success.txt")
+    }
+    assert any(name.startswith("params/") for name in listed)
+
+
 def test_an_unfinished_save_is_not_read(workdir, variables):
   newest = workdir / "checkpoints" / "2"
   newest.rename(newest.with_name("2.orbax-checkpoint-tmp-17"))
@@ -117,7 +149,7 @@ def test_weights_of_another_architecture_are_an_error(workdir):
     (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     (
       lambda folder: (folder / "config.json").write_text("{}"),
-      "format_version None",
+      "has no format_version",
     ),
     (
       lambda folder: (folder / "config.json").write_text(
@@ -125,7 +157,10 @@ def test_weights_of_another_architecture_are_an_error(workdir):
       ),
       "does not describe a model",
     ),
-    (lambda folder: (folder / "config.json").write_text("[]"), "version None"),
+    (
+      lambda folder: (folder / "config.json").write_text("[]"),
+      "has no format_version",
+    ),
     (
       lambda folder: (folder / "config.json").write_text(
         '{"format_version": 1, "tokenizer": "x", "transformer": null, '

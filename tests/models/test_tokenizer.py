@@ -103,7 +103,7 @@ def trained(share, cosine):
   value, (grads, f_grad_BhwZ) = jax.value_and_grad(
     loss_fn, argnums=(0, 1), has_aux=True
   )(params, jnp.zeros((2, 4, 4, 8)))
-  tensors = torch_format.to_official(grads["params"], entries_of(cfg))
+  tensors = golden_files.to_official(grads["params"], entries_of(cfg))
   return value, tensors, f_grad_BhwZ
 
 
@@ -115,7 +115,7 @@ def test_pixels_are_scaled_as_recorded():
 @every_case
 def test_recorded_phis_are_the_ones_in_use(share, cosine):
   cfg, params = tokenizer_of(share, cosine)
-  tensors = torch_format.to_official(params["params"], entries_of(cfg))
+  tensors = golden_files.to_official(params["params"], entries_of(cfg))
   for name, weight in recorded(share, cosine).items():
     if name.startswith("w."):
       np.testing.assert_array_equal(tensors[name[2:]], weight)

@@ -105,7 +105,7 @@ def gradients(variant):
 
   losses_2, plain, smooth = differentiate(*arguments(variant))
   entries = list(torch_format.var_entries(cfg))
-  named = [torch_format.to_official(g, entries) for g in (plain, smooth)]
+  named = [golden_files.to_official(g, entries) for g in (plain, smooth)]
   return dict(zip((0.0, 0.1), zip(losses_2, named, strict=True), strict=True))
 
 
@@ -500,7 +500,7 @@ def test_fresh_parameters_are_distributed_as_the_official_ones(shared_adaln):
   params = jax.jit(VAR(cfg).init)(
     jax.random.key(0), jnp.zeros((1,), jnp.int32), inputs_10Z
   )
-  tensors = torch_format.to_official(
+  tensors = golden_files.to_official(
     params["params"], torch_format.var_entries(cfg)
   )
   stats = golden_files.table("init_stats_d16.json")[

@@ -180,7 +180,7 @@ def test_five_steps_equal_the_recorded_ones(run):
     state = update(state, grads)
 
   assert state.step == 5
-  tensors = torch_format.to_official(
+  tensors = golden_files.to_official(
     state.params["params"], torch_format.var_entries(var.cfg)
   )
   norms = recorded["param_norms_after"]

@@ -10,7 +10,7 @@ import pytest
 
 from configs import tokenizer as tokenizer_presets
 from configs import var as var_presets
-from var_jax.checkpoints import weights
+from var_jax.checkpoints import store, weights
 from var_jax.checkpoints.description import Description
 from var_jax.data import sources
 from var_jax.models import resize
@@ -26,8 +26,11 @@ def start(**changes):
   """Return (old parameters, new ones, what is said) of a changed config."""
   new = dataclasses.replace(OLD, **changes)
   variables = golden_files.var_params("A")
-  fresh = var_step.init_params(VAR(new), jax.random.key(7, impl="rbg"))
-  started, changes = warm_start.start_var(variables, OLD, new, fresh)
+  key = jax.random.key(7, impl="rbg")
+  fresh = var_step.init_params(VAR(new), key)
+  started, changes = warm_start.start_var(
+    variables, OLD, new, lambda: var_step.init_class_emb(VAR(new), key)
+  )
   same = jax.tree.structure(started) == jax.tree.structure(fresh)
   assert same and jax.tree.map(np.shape, started) == jax.tree.map(
     np.shape, fresh
@@ -193,6 +196,38 @@ def test_other_classes_are_said_and_the_rest_is_kept(
   assert params["class_emb"].shape[0] == 3
   _, old = weights.read_transformer(pretrained)
   assert_same_but(old["params"], params, {"class_emb"})
+
+
+def test_the_average_is_the_start_and_tokenizer_path_comes_first(
+  pretrained, tmp_path
+):
+  """And the card says where the weights are from, and under which licence."""
+  run = tmp_path / "average"
+  shutil.copytree(pretrained, run)
+  shutil.rmtree(run / "checkpoints")
+  description, tokenizer, var = weights.read_models(pretrained)
+  checkpoints = store.Store(run, keep=1)
+  doubled = jax.tree.map(lambda x: 2 * x, var)
+  checkpoints.save(3, {"params": var, "ema": doubled}, position=0)
+  checkpoints.close()
+  origin = {"licence": "cc-by-nc-4.0"}
+  dataclasses.replace(description, origin=origin).write(run)
+  other = tmp_path / "other"
+  tripled = to_numpy(jax.tree.map(lambda x: 3 * x, tokenizer))
+  weights.write_model(other, Description(description.tokenizer), tripled)
+
+  config = fine_tuning(run, tokenizer_path=str(other))
+  source = sources.open_source("digits", "train")
+  program = loop.var_program(config, source, tmp_path / "run")
+  params = program.init().params["params"]
+  assert_same_but(doubled["params"], params, {})
+  (tmp_path / "run").mkdir()
+  program.prepare()
+  _, copied = weights.read_tokenizer(tmp_path / "run" / "tokenizer")
+  jax.tree.map(np.testing.assert_array_equal, copied, tripled)
+  made = loop._origin(config, source)
+  assert made["licence"] == "cc-by-nc-4.0"
+  assert str(run) in made["made_by"]
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ class Settings:
         continue
       if merged[name] is not None and merged[name] != value:
         raise ValueError(
-          f"{name} {value} was asked for, but {source} says {merged[name]}; "
-          f"leave --{name.replace('_', '-')} out."
+          f"{name} is {value} by the command line or another file, but "
+          f"{source} says {merged[name]}; leave the wrong one out."
         )
       merged[name] = value
     return Settings(**merged)
@@ -119,30 +119,14 @@ def infer_tokenizer(tensors: Tensors, said: Settings) -> TokenizerConfig:
       )
     mults.append(features // channels)
   vocab_size, latent_channels = _shape(tensors, "quantize.embedding.weight", 2)
-  count = None
-  if torch_format.CODE_HITS in tensors:
-    count = _shape(tensors, torch_format.CODE_HITS, 2)[0]
   if said.scales is None:
+    count = counted_scales(tensors)
     tells = f"only that there are {count}" if count else "not even how many"
     raise ValueError(
       f"a tokenizer's file does not hold its scale list, {tells}; give "
       "--scales, like --scales 1,2,3,4,5,6,8,10,13,16."
     )
-  if count not in (None, len(said.scales)):
-    raise ValueError(
-      f"scale list {said.scales} has {len(said.scales)} scales, but tensor "
-      f"{torch_format.CODE_HITS} counts {count}; give as many."
-    )
-  num_phis, has_phi = _phi_mode(tensors)
-  quant_resi = said.quant_resi
-  if quant_resi is None:
-    quant_resi = TokenizerConfig.quant_resi if has_phi else 0.0
-  if bool(quant_resi) != has_phi:
-    there = "are" if has_phi else "are no"
-    raise ValueError(
-      f"quant_resi {quant_resi} does not fit: there {there} tensors "
-      "quantize.quant_resi.*; 0 means none, another value needs them."
-    )
+  num_phis, quant_resi = _phis(tensors, said)
   distance, beta = said.distance, said.beta
   return TokenizerConfig(
     vocab_size=vocab_size,
@@ -161,6 +145,13 @@ def infer_tokenizer(tensors: Tensors, said: Settings) -> TokenizerConfig:
     distance=TokenizerConfig.distance if distance is None else distance,
     beta=TokenizerConfig.beta if beta is None else beta,
   )
+
+
+def counted_scales(tensors: Tensors) -> int | None:
+  """Return how many scales a tokenizer's code counts are of, if it has any."""
+  if torch_format.CODE_HITS not in tensors:
+    return None
+  return _shape(tensors, torch_format.CODE_HITS, 2)[0]
 
 
 def check_pair(tokenizer: TokenizerConfig, var: VARConfig) -> None:
@@ -244,15 +235,21 @@ def _scales(tensors: Tensors, said: Settings) -> tuple[Size, ...]:
   return sizes
 
 
-def _phi_mode(tensors: Iterable[str]) -> tuple[int, bool]:
-  """Return num_phis, and whether there are any."""
+def _phis(tensors: Iterable[str], said: Settings) -> tuple[int, float]:
+  """Return num_phis, how they are shared, and r."""
   prefix = r"quantize\.quant_resi\."
   names = [name for name in tensors if re.match(prefix, name)]
-  if not names:
-    return TokenizerConfig.num_phis, False
+  r = said.quant_resi
+  if r is None:
+    r = TokenizerConfig.quant_resi if names else 0.0
+  if bool(r) != bool(names):
+    there = "are" if names else "are no"
+    raise ValueError(
+      f"quant_resi {r} does not fit: there {there} tensors "
+      "quantize.quant_resi.*; 0 means none, another value needs them."
+    )
   if any(re.match(prefix + r"qresi\.", name) for name in names):
-    return 1, True
+    return 1, r
   if any(re.match(prefix + r"qresi_ls\.", name) for name in names):
-    pattern = prefix + r"qresi_ls\.(\d+)\.weight"
-    return _count(names, pattern, "phis"), True
-  return 0, True
+    return _count(names, prefix + r"qresi_ls\.(\d+)\.weight", "phis"), r
+  return (0 if names else TokenizerConfig.num_phis), r

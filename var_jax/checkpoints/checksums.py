@@ -50,13 +50,7 @@ def verify(folder: epath.PathLike, architecture: str | None = None) -> None:
       "%s has no %s: what is loaded from it is not verified.", folder, NAME
     )
     return
-  recorded = files.read_json(folder / NAME)
-  try:
-    sha256, belongs_to = dict(recorded["sha256"]), recorded["architecture"]
-  except (KeyError, TypeError, ValueError):
-    raise ValueError(
-      f"{folder / NAME} lists no checksums; restore it from a copy."
-    ) from None
+  sha256, belongs_to = _recorded(folder / NAME)
   if architecture and belongs_to and architecture != belongs_to:
     raise ValueError(
       f"{folder} was written for another architecture than its config.json "
@@ -82,13 +76,23 @@ def verify_file(path: epath.PathLike) -> None:
   listing = path.parent / NAME
   if not listing.exists():
     return
-  recorded = files.read_json(listing)
-  known = recorded.get("sha256", {}) if isinstance(recorded, dict) else {}
-  if known.get(path.name, digest := files.sha256(path)) != digest:
+  sha256, _ = _recorded(listing)
+  wanted = sha256.get(path.name)
+  if wanted and wanted != files.sha256(path):
     raise ValueError(
-      f"{path} is not what was written ({listing.name} says "
-      f"{known[path.name][:12]}..); restore it from a copy."
+      f"{path} is not what was written ({listing.name} says {wanted[:12]}..); "
+      "restore it from a copy."
     )
+
+
+def _recorded(path: epath.Path) -> tuple[dict[str, str], str | None]:
+  """Return the checksums by file, and the digest of the architecture."""
+  content = files.read_json(path)
+  sha256 = content.get("sha256") if isinstance(content, dict) else None
+  plain = isinstance(sha256, dict) and sha256
+  if not plain or not all(isinstance(v, str) for v in sha256.values()):
+    raise ValueError(f"{path} lists no checksums; restore it from a copy.")
+  return sha256, content.get("architecture")
 
 
 def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:

@@ -98,6 +98,12 @@ def open_official(vae: str | None, var: str | None, said: Settings) -> Source:
     said = dataclasses.replace(said, scales=transformer.scales)
   with _named(vae or var):
     tokenizer = architecture.infer_tokenizer(vae_dict, said)
+    count = architecture.counted_scales(vae_dict)
+    if transformer is None and count not in (None, len(tokenizer.scales)):
+      raise ValueError(
+        f"scale list {tokenizer.scales} has {len(tokenizer.scales)} scales, "
+        f"but tensor {torch_format.CODE_HITS} counts {count}; give as many."
+      )
     hits_SV = torch_format.code_hits(vae_dict, tokenizer)
     if transformer:
       architecture.check_pair(tokenizer, transformer)
@@ -109,7 +115,13 @@ def open_official(vae: str | None, var: str | None, said: Settings) -> Source:
     "made_by": "Converted by `var-jax convert` from the files below.",
     "sources": _digests(sources),
     "licence": ", ".join(sorted(licences)) or None,
+    "notes": [],
   }
+  if count and hits_SV is None:
+    origin["notes"].append(
+      f"The tokenizer's code counts are of {count} scales, the transformer has "
+      f"{len(tokenizer.scales)}: they were left out."
+    )
   description = Description(tokenizer, transformer, origin=origin)
   names = (vae or var, var)
   return Source(description, vae_dict, var_dict, names, hits_SV)

@@ -46,6 +46,11 @@ class Description:
     path = epath.Path(folder) / "config.json"
     content = files.read_json(path)
     version = content.get("format_version") if _is_dict(content) else None
+    if version is None:
+      raise ValueError(
+        f"{path} has no format_version, so this is no workdir; official "
+        "weights and hub folders come in by var-jax convert --vae and --var."
+      )
     if version != FORMAT_VERSION:
       raise ValueError(
         f"{path} has format_version {version}, this code reads "

@@ -79,7 +79,16 @@ def export_official(
         to,
         official_var(checkpoint, transformer, which),
       )
-    card = model_card.render(described.tokenizer, transformer, described.origin)
+    use = (
+      f"Written by `var-jax convert --to {to}`, the "
+      f"{weights.kept(checkpoint, which)} weights; the "
+      "official PyTorch code loads the tensors with strict=True, "
+      "`var-jax convert` brings them back. `checksums.json` says what every "
+      "file was when it was written."
+    )
+    card = model_card.render(
+      described.tokenizer, transformer, described.origin, use
+    )
     (folder / "README.md").write_text(card)
     checksums.write(folder)
     if check:

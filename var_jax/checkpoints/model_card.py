@@ -10,17 +10,24 @@ from var_jax.checkpoints import torch_format
 from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.models.transformer import VARConfig
 
+WORKDIR_USE = (
+  "Load with `var_jax.load(this folder)`; `checksums.json` in each step says "
+  "what every file was when it was written."
+)
+
 
 def render(
   tokenizer: TokenizerConfig,
   transformer: VARConfig | None,
   origin: Mapping[str, Any],
+  use: str = WORKDIR_USE,
 ) -> str:
   """Return the card as Markdown, with the front matter that hubs read.
 
   Args:
-    origin: "made_by", a sentence; "sources", {file: SHA-256}; "licence" of
-      the source weights, where it is known.
+    origin: "made_by", a sentence, and "notes", more of them; "sources",
+      {file: SHA-256}; "licence" of the source weights, where it is known.
+    use: what the folder is and how it is used.
   """
   h, w = tokenizer.image_shape
   rows = {
@@ -48,7 +55,6 @@ def render(
   lines = [
     "---",
     *([f"license: {licence}"] if licence else []),
-    "library_name: var_jax",
     "tags: [image-generation, next-scale-prediction]",
     "---",
     "",
@@ -65,20 +71,21 @@ def render(
   if sources := origin.get("sources"):
     lines += ["", "| source | SHA-256 |", "|---|---|"]
     lines += [f"| {name} | `{digest}` |" for name, digest in sources.items()]
+  for note in origin.get("notes", ()):
+    lines += ["", note]
   lines += [
     "",
     "## Licence",
     "",
-    _licence(origin),
+    licence_sentence(origin),
     "",
-    "Load with `var_jax.load(this folder)`; `checksums.json` in each step says "
-    "what every file was when it was written.",
+    use,
     "",
   ]
   return "\n".join(lines)
 
 
-def _licence(origin: Mapping[str, Any]) -> str:
+def licence_sentence(origin: Mapping[str, Any]) -> str:
   if licence := origin.get("licence"):
     return f"Of the weights: {licence}, as the card of their source says."
   if origin.get("sources"):

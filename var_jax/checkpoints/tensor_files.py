@@ -75,7 +75,9 @@ def write_safetensors(
   import safetensors.numpy
 
   # "format" is what the readers of the hub look for.
-  safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
+  # It takes the memory as it lies, whatever the strides.
+  plain = {name: np.ascontiguousarray(t) for name, t in tensors.items()}
+  safetensors.numpy.save_file(plain, path, metadata={"format": "pt"})
   os.chmod(path, 0o644)  # the library writes for the owner alone
 
 
@@ -164,8 +166,9 @@ def _licence(folder: pathlib.Path) -> str | None:
   """Return the licence in the front matter of a hub folder's card."""
   card = folder / "README.md"
   text = card.read_text(errors="replace") if card.exists() else ""
-  match = re.match(r"---\n(?:.*\n)*?license: *(\S.*)\n(?:.*\n)*?---\n", text)
-  return match[1].strip() if match else None
+  front = re.match(r"---\n(.*?)\n---\s", text, re.DOTALL)
+  line = front and re.search(r"^license: *(\S.*)$", front[1], re.MULTILINE)
+  return line[1].strip(" \"'") if line else None
 
 
 def _sorted_out(content: Any, path: pathlib.Path) -> dict[str, Mapping]:
@@ -208,11 +211,11 @@ def _to_numpy(state_dict: Mapping, path: pathlib.Path) -> Mapping:
         "plain state dict."
       )
     try:
-      arrays[name] = tensor.numpy()
+      arrays[name] = tensor.detach().numpy()
     except (TypeError, RuntimeError) as error:  # bfloat16, sparse, quantised
       raise ValueError(
-        f"{path}: tensor {name} is {tensor.dtype} ({_first_line(error)}); "
-        "convert it with .float() first."
+        f"{path}: tensor {name} is {tensor.dtype} and cannot be read "
+        f"({_first_line(error)}); save it as a dense float32 tensor."
       ) from None
   return arrays
 

@@ -100,15 +100,6 @@ def is_buffer(name: str) -> bool:
   return bool(_BUFFERS.fullmatch(name))
 
 
-def to_official(
-  params: Mapping[str, Any], entries: Iterable[Entry]
-) -> dict[str, np.ndarray]:
-  """Return the official state dict, without buffers."""
-  return dict(
-    official_tensors(flax.traverse_util.flatten_dict(params, sep="/"), entries)
-  )
-
-
 def official_tensors(
   arrays: Mapping[str, np.ndarray], entries: Iterable[Entry]
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -192,28 +183,34 @@ def check_var_buffers(
 ) -> None:
   """Raise ValueError where a buffer of the file is not what we compute."""
   for name, expected in var_buffers(cfg).items():
-    if name in tensors and not np.array_equal(tensors[name], expected):
+    if name not in tensors:
+      continue
+    tensor = tensors[name]
+    if tensor.dtype != expected.dtype or not np.array_equal(tensor, expected):
       raise ValueError(
-        f"tensor {name} is not the one of scales {cfg.scales}; models with "
-        "another attention mask or a bias of k are not VAR."
+        f"tensor {name}, {tensor.dtype}, is not the {expected.dtype} one of "
+        f"scales {cfg.scales}; a model with another attention mask or a bias "
+        "of k is not VAR."
       )
 
 
 def code_hits(
   tensors: Mapping[str, np.ndarray], cfg: TokenizerConfig
 ) -> np.ndarray | None:
-  """Return the moving count of code uses, [S, V], if the file holds it."""
+  """Return the moving count of code uses, [S, V], if the file holds it.
+
+  VAR: a count of another number of scales is left out, not an error.
+  """
   if CODE_HITS not in tensors:
     return None
   hits_SV = tensors[CODE_HITS]
-  wanted = (len(cfg.scales), cfg.vocab_size)
-  if hits_SV.shape != wanted:
+  if hits_SV.ndim != 2 or hits_SV.shape[1] != cfg.vocab_size:
     raise ValueError(
-      f"tensor {CODE_HITS} has shape {hits_SV.shape}, the architecture "
-      f"{wanted}; give a list of {hits_SV.shape[0]} scales."
+      f"tensor {CODE_HITS} has shape {hits_SV.shape}, the codebook "
+      f"{cfg.vocab_size} codes; give the counts of this codebook."
     )
   _check_numbers(CODE_HITS, hits_SV)
-  return hits_SV
+  return hits_SV if hits_SV.shape[0] == len(cfg.scales) else None
 
 
 def _check_numbers(name: str, tensor: np.ndarray) -> None:

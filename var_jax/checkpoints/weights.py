@@ -125,7 +125,8 @@ def read_parts(
     folder: a workdir; `checksums.verify` is the caller's.
     abstract: the parameter tree, as `torch_format.abstract_var` returns it.
   """
-  item = _newest_item(epath.Path(folder), weights)
+  item = _newest_item(epath.Path(folder).absolute(), weights)
+  _check_shapes(item, abstract)
   as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
   for part in _parts(abstract):
     yield _restore(item, part, dict.fromkeys(part, as_numpy))
@@ -150,6 +151,12 @@ def read_code_hits(folder: epath.PathLike) -> np.ndarray | None:
       args=ocp.args.PyTreeRestore(wanted, restore_args, partial_restore=True),
     )
   return found["code_hits_SV"]
+
+
+def kept(folder: epath.PathLike, weights: str) -> str:
+  """Return "ema" or "raw": what asking for `weights` gives."""
+  item = _newest_item(epath.Path(folder).absolute(), weights)
+  return "ema" if item.name == "ema" else "raw"
 
 
 def verify(folder: epath.PathLike) -> None:
@@ -201,10 +208,9 @@ def write_tokenizer(
 
 
 def _read_newest(folder, abstract, weights, sharding, dtype):
-  if weights not in ("ema", "raw"):
-    raise ValueError(f"weights {weights!r} is not known; use ema or raw.")
   verify(folder)
   item = _newest_item(folder, weights)
+  _check_shapes(item, abstract)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   arrays = {}
@@ -220,6 +226,28 @@ def _read_newest(folder, abstract, weights, sharding, dtype):
     }
     arrays |= _restore(item, part, restore_args)
   return {"params": flax.traverse_util.unflatten_dict(arrays, sep="/")}
+
+
+def _check_shapes(item: epath.Path, abstract) -> None:
+  """Raise ValueError unless the arrays of a checkpoint are the described."""
+  with (
+    store.readable(item.parent),
+    ocp.Checkpointer(_handler()) as checkpointer,
+  ):
+    tree = checkpointer.metadata(item).item_metadata.tree["params"]
+  found, wanted = (
+    flax.traverse_util.flatten_dict(tree, sep="/") for tree in (tree, abstract)
+  )
+  for path in sorted(found.keys() | wanted.keys()):
+    there, here = (
+      tuple(flat[path].shape) if path in flat else None
+      for flat in (found, wanted)
+    )
+    if there != here:
+      raise ValueError(
+        f"checkpoint {item.parent} cannot be read: {path} has shape {there}, "
+        f"config.json describes {here}; restore config.json from a copy."
+      )
 
 
 def _parts(abstract) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
@@ -276,6 +304,8 @@ def _quiet():
 
 
 def _newest_item(folder: epath.Path, weights: str) -> epath.Path:
+  if weights not in ("ema", "raw"):
+    raise ValueError(f"weights {weights!r} is not known; use ema or raw.")
   path = folder / "checkpoints" / str(_newest_step(folder))
   has_ema = weights == "ema" and (path / "ema").exists()
   return path / ("ema" if has_ema else "params")

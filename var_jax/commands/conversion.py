@@ -54,6 +54,8 @@ def _convert(args) -> None:
       _export(args)
   elif args.vae or args.var:
     _refuse(args, "--vae and --var", "to", "weights", "batch")
+    if not args.var:
+      _refuse(args, "a tokenizer alone", "heads")
     _import(args)
   else:
     raise UsageError(
@@ -93,6 +95,8 @@ def _import(args) -> None:
   )
   _print_table(rows)
   what = "tokenizer and transformer" if description.transformer else "tokenizer"
+  for note in description.origin["notes"]:
+    print(f"note: {note}")
   print(f"wrote {what} to {args.output}")
 
 

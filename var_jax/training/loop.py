@@ -6,7 +6,6 @@ a step. So a run that was interrupted ends where it would have ended.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict
 
 from var_jax.checkpoints import store, weights
 from var_jax.checkpoints.description import Description
@@ -23,12 +21,9 @@ from var_jax.data import pipeline, sources, transforms
 from var_jax.models.layers import resolve_dtype
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.models.transformer import VAR, VARConfig
-from var_jax.training import optim, tokenizer_step, var_step, warm_start
+from var_jax.training import checks, optim, tokenizer_step, var_step, warm_start
 from var_jax.training.report import Report
 from var_jax.training.state import TrainState
-
-# Settings that change neither the weights nor the order of the data.
-FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints")
 
 
 class Program(NamedTuple):
@@ -52,8 +47,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     ValueError: the config makes no sense, or differs from the workdir's.
   """
   workdir = epath.Path(workdir).absolute()
-  _check_config(config)
-  _check_workdir(config, workdir)
+  checks.check_config(config)
+  checks.check_workdir(config, workdir)
   source = sources.open_source(config.data.source, "train")
   if config.kind == "tokenizer":
     program = tokenizer_program(config, source)
@@ -123,7 +118,7 @@ def tokenizer_program(config, source) -> Program:
     )
 
   description = Description(
-    cfg, None, source.class_names, config_to_json(config)
+    cfg, None, source.class_names, checks.to_json(config)
   )
   return Program(
     description,
@@ -179,7 +174,10 @@ def var_program(config, source, workdir: epath.Path) -> Program:
       return fresh()
     there, variables = weights.read_transformer(config.init_from)
     params, changes = warm_start.start_var(
-      variables, there.transformer, var.cfg, fresh()
+      variables,
+      there.transformer,
+      var.cfg,
+      lambda: var_step.init_class_emb(var, _init_key(config)),
     )
     for change in changes:
       print(f"from {config.init_from}: {change}")
@@ -194,7 +192,7 @@ def var_program(config, source, workdir: epath.Path) -> Program:
       weights.write_tokenizer(workdir, described, tokenizer_params, hits_SV)
 
   description = Description(
-    tokenizer.cfg, var.cfg, source.class_names, config_to_json(config)
+    tokenizer.cfg, var.cfg, source.class_names, checks.to_json(config)
   )
   return Program(
     description,
@@ -221,11 +219,6 @@ def _origin(config, source) -> dict[str, Any]:
 def _init_key(config) -> jax.Array:
   # rbg: a hundred draws of the default generator take a minute to compile.
   return jax.random.key(config.seed, impl="rbg")
-
-
-def config_to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Return the config as what JSON gives back, tuples as lists."""
-  return json.loads(config.to_json())
 
 
 def _run(config, workdir, program, checkpoints, state, start, batches):
@@ -307,57 +300,3 @@ def _build(cls, section: ml_collections.ConfigDict, **derived):
       f"{cls.__name__} cannot be built from the config ({error}); compare with "
       "the presets in configs/."
     ) from None
-
-
-_REQUIRED = (
-  "kind", "seed", "steps", "ema_decay", "log_every", "checkpoint_every",
-  "keep_checkpoints", "init_from", "data", "model", "loss", "optimizer",
-)  # fmt: skip
-
-
-def _check_config(config) -> None:
-  for name in _REQUIRED:
-    if name not in config:
-      raise ValueError(
-        f"the config has no {name}; compare with the presets in configs/."
-      )
-  if config.kind not in ("tokenizer", "var"):
-    raise ValueError(
-      f"kind {config.kind!r} is not known; use tokenizer or var."
-    )
-  for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
-    if config[name] < 1:
-      raise ValueError(f"{name} {config[name]} is below 1; use 1 or more.")
-  if config.data.batch_size < 1:
-    raise ValueError(
-      f"data.batch_size {config.data.batch_size} is below 1; use 1 or more."
-    )
-  if not 0 <= config.seed < 2**32:
-    raise ValueError(f"seed {config.seed} is not in 0..2^32-1; use such a one.")
-  if not 0.0 <= config.ema_decay < 1.0:
-    raise ValueError(
-      f"ema_decay {config.ema_decay} is not in [0, 1); 0 turns it off."
-    )
-
-
-def _check_workdir(config, workdir: epath.Path) -> None:
-  """Raise ValueError if the workdir belongs to another config."""
-  path = workdir / "config.json"
-  if not path.exists():
-    return
-  there = flatten_dict(Description.read(workdir).config, sep=".")
-  here = flatten_dict(config_to_json(config), sep=".")
-  names = sorted(
-    there.keys() | here.keys(), key=lambda name: (name != "kind", name)
-  )
-  for name in names:
-    if name in FREE_KEYS or there.get(name) == here.get(name):
-      continue
-    if name not in there and not here[name]:
-      continue  # a setting that came later, and is off
-    if name == "tokenizer_path" and not here.get(name):
-      continue  # the workdir has its own copy
-    raise ValueError(
-      f"workdir {workdir} holds another config: {name} is {there.get(name)!r} "
-      f"there and {here.get(name)!r} here; use a new --workdir."
-    )

@@ -44,9 +44,19 @@ class VARLossConfig:
 
 def init_params(var: VAR, key: jax.Array):
   """Return fresh parameters."""
+  return jax.jit(lambda key: _init(var, key))(key)
+
+
+def init_class_emb(var: VAR, key: jax.Array) -> jax.Array:
+  """Return what `init_params` has as class embedding, [C + 1, D]."""
+  # What jit need not return is not computed.
+  return jax.jit(lambda key: _init(var, key)["params"]["class_emb"])(key)
+
+
+def _init(var: VAR, key: jax.Array):
   labels_1 = jnp.zeros((1,), jnp.int32)
   inputs_10Z = jnp.zeros((1, 0, var.cfg.latent_channels))
-  return jax.jit(var.init)(key, labels_1, inputs_10Z)
+  return var.init(key, labels_1, inputs_10Z)
 
 
 def make_step(

@@ -9,7 +9,7 @@ kept as it is.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,13 +31,16 @@ _FREE_OF_TOKENIZER = {"scales", "beta", "dtype"}
 
 
 def start_var(
-  variables: Params, old: VARConfig, new: VARConfig, fresh: Params
+  variables: Params,
+  old: VARConfig,
+  new: VARConfig,
+  class_emb: Callable[[], jax.Array],
 ) -> tuple[Params, list[str]]:
   """Return the variables of a transformer, and a line on each change.
 
   Args:
     variables: of the architecture `old`, in float32.
-    fresh: newly initialised, of the architecture `new`.
+    class_emb: makes the new one, [C + 1, D]; called where it is needed.
 
   Raises:
     ValueError: another setting than classes and scales shapes them apart.
@@ -45,7 +48,7 @@ def start_var(
   _check_same(old, new, _FREE)
   params, changes = dict(variables["params"]), []
   if old.num_classes != new.num_classes:
-    params["class_emb"] = fresh["params"]["class_emb"]
+    params["class_emb"] = class_emb()
     changes.append(
       f"class embedding: new, {old.num_classes} classes there and "
       f"{new.num_classes} here; all else is kept"
