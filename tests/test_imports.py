@@ -30,6 +30,7 @@ ALLOWED = {
     "generation",
     "images",
     "checkpoints",
+    "files",
     "stablehlo",
   },
   "cli": {"commands"},

@@ -151,6 +151,6 @@ def test_programs_are_for_every_platform(workdir, tmp_path):
 def test_a_failed_export_leaves_nothing(workdir, tmp_path, capsys):
   (tmp_path / "there").mkdir()
   assert export(workdir, tmp_path / "there") == 1
-  assert "there exists already" in capsys.readouterr().err
+  assert "there' exists already" in capsys.readouterr().err
   assert export(tmp_path / "no", tmp_path / "new") == 1
   assert [path.name for path in tmp_path.iterdir()] == ["there"]

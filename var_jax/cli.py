@@ -35,7 +35,11 @@ def _fail(error, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = Parser(prog="var-jax", description=__doc__.splitlines()[0])
+  parser = Parser(
+    prog="var-jax",
+    description="Visual autoregressive modeling: images by next-scale "
+    "prediction.",
+  )
   commands = parser.add_subparsers(
     dest="command", required=True, parser_class=Parser
   )

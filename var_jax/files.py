@@ -3,6 +3,11 @@
 import contextlib
 import hashlib
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,22 +61,69 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
   made = [parent for parent in path.parents if not parent.exists()]
   aside = path.with_name(f".{path.name}.partial")
   aside.rmtree(missing_ok=True)  # what a killed process left
+  _unfinished[aside] = made
   try:
     aside.mkdir(parents=True)
     yield aside
     aside.rename(path)
   except BaseException:
-    aside.rmtree(missing_ok=True)
-    for parent in made:  # the innermost first
-      if parent.exists():
-        parent.rmdir()
+    _remove(aside)
     raise
+  finally:
+    del _unfinished[aside]
 
 
 def check_new(path: epath.PathLike) -> None:
   """Raise ValueError if there is something of that name already."""
-  if epath.Path(path).exists():
-    raise ValueError(f"{path} exists already; give a new folder.")
+  # A link to nowhere is no existing path, but nothing can take its name.
+  if epath.Path(path).exists() or os.path.lexists(path):
+    raise ValueError(f"{str(path)!r} exists already; give a new folder.")
+
+
+@contextlib.contextmanager
+def removed_on_signals() -> Iterator[None]:
+  """End the process on Ctrl-C and the like, without what is unfinished.
+
+  An exception would have to find its way through threads of libraries, which
+  swallow it, print it, or write on.
+  """
+
+  def end(number, frame):
+    for aside in list(_unfinished):
+      _remove(aside)
+    print("var-jax: interrupted", file=sys.stderr, flush=True)
+    os._exit(1)
+
+  if threading.current_thread() is not threading.main_thread():
+    yield  # signals are the main thread's
+    return
+  numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+  before = {number: signal.signal(number, end) for number in numbers}
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+# Folders being filled, and the parents that were made for them, innermost
+# first.
+_unfinished: dict[epath.Path, list[epath.Path]] = {}
+
+
+def _remove(aside: epath.Path, tries: int = 50) -> None:
+  """Remove an unfinished folder; other threads may still write into it."""
+  for left in reversed(range(tries)):
+    try:
+      aside.rmtree(missing_ok=True)
+      break
+    except OSError:
+      if not left:
+        raise
+      time.sleep(0.1)
+  for parent in _unfinished[aside]:
+    if parent.exists():
+      parent.rmdir()
 
 
 def sha256(path: epath.PathLike) -> str:

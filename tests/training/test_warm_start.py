@@ -171,7 +171,9 @@ def test_a_run_starts_from_the_weights_and_resumes_without_them(
     lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9), var, old_var
   )
   for folder in (tmp_path / "whole", pretrained):
-    assert weights.read_code_hits(folder)[2, 31] == 95
+    step = weights.newest(weights.tokenizer_folder(folder))
+    hits_SV = weights.read_code_hits(step, Description.read(folder).tokenizer)
+    assert hits_SV[2, 31] == 95
 
   shutil.copytree(tmp_path / "whole", tmp_path / "cut")
   shutil.rmtree(tmp_path / "cut" / "checkpoints" / "2")

@@ -72,8 +72,8 @@ def infer_var(tensors: Tensors, said: Settings) -> VARConfig:
     found = _shape(tensors, scale_mul, 4)[1]
     if heads not in (None, found):
       raise ValueError(
-        f"heads {heads} was asked for, but tensor {scale_mul} says {found}; "
-        "leave --heads out."
+        f"heads {heads} by the command line or a config.json, but tensor "
+        f"{scale_mul} says {found}; leave the wrong one out."
       )
     heads = found
   elif heads is None:
@@ -229,8 +229,8 @@ def _scales(tensors: Tensors, said: Settings) -> tuple[Size, ...]:
     )
   if said.scales not in (None, sizes):
     raise ValueError(
-      f"scales {said.scales} were asked for, but tensor lvl_1L says {sizes}; "
-      "leave --scales out."
+      f"scales {said.scales} by the command line or a config.json, but tensor "
+      f"lvl_1L says {sizes}; leave the wrong one out."
     )
   return sizes
 

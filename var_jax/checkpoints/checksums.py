@@ -62,27 +62,27 @@ def verify(folder: epath.PathLike, architecture: str | None = None) -> None:
       state = "is missing" if digest is None else "is not what was written"
       raise ValueError(
         f"{folder / name} {state} ({NAME} says {sha256[name][:12]}..); "
-        "restore it from a copy, or delete this step to use an older one."
+        f"restore it from a copy{_or_older(folder)}."
       )
 
 
 def verify_file(path: epath.PathLike) -> None:
-  """Check a single file, where a checksums.json beside it names it.
+  """Check a file that a checksums.json beside it, or one above, names.
 
   Raises:
     ValueError: it is not what it was.
   """
-  path = epath.Path(path)
-  listing = path.parent / NAME
-  if not listing.exists():
-    return
-  sha256, _ = _recorded(listing)
-  wanted = sha256.get(path.name)
-  if wanted and wanted != files.sha256(path):
-    raise ValueError(
-      f"{path} is not what was written ({listing.name} says {wanted[:12]}..); "
-      "restore it from a copy."
-    )
+  path = epath.Path(path).absolute()
+  for folder in (path.parent, path.parent.parent):
+    if not (folder / NAME).exists():
+      continue
+    sha256, _ = _recorded(folder / NAME)
+    wanted = sha256.get(path.relative_to(folder).as_posix())
+    if wanted and wanted != files.sha256(path):
+      raise ValueError(
+        f"{path} is not what was written ({NAME} says {wanted[:12]}..); "
+        "restore it from a copy."
+      )
 
 
 def _recorded(path: epath.Path) -> tuple[dict[str, str], str | None]:
@@ -93,6 +93,11 @@ def _recorded(path: epath.Path) -> tuple[dict[str, str], str | None]:
   if not plain or not all(isinstance(v, str) for v in sha256.values()):
     raise ValueError(f"{path} lists no checksums; restore it from a copy.")
   return sha256, content.get("architecture")
+
+
+def _or_older(folder: epath.Path) -> str:
+  is_step = folder.parent.name == "checkpoints"
+  return ", or delete this step to use an older one" if is_step else ""
 
 
 def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:

@@ -8,9 +8,10 @@ transposed where it lies, so that it is in memory once.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from var_jax import files
 from var_jax.checkpoints import (
@@ -28,12 +29,19 @@ from var_jax.models.transformer import VARConfig
 FORMATS = ("torch", "safetensors", "hf")
 
 
+class Steps(NamedTuple):
+  """The folders of the steps that a model is read from."""
+
+  vae: epath.Path
+  var: epath.Path | None
+
+
 def export_official(
   checkpoint: str,
   output: str,
   to: str,
   which: str = "ema",
-  check: Callable[[pathlib.Path], None] | None = None,
+  check: Callable[[pathlib.Path, Steps], None] | None = None,
 ) -> list[str]:
   """Write a workdir's newest model in the official layout.
 
@@ -42,7 +50,8 @@ def export_official(
     to: "torch" writes vae.pth and var.pth, "safetensors" the same names, "hf"
       a hub folder of the transformer with the tokenizer's in vae/.
     which: "ema", which falls back to "raw" where none was kept, or "raw".
-    check: is given the folder before it gets its name.
+    check: is given the folder before it gets its name, and the steps that
+      were exported.
 
   Returns:
     What the official tokenizer class has fixed otherwise, so that it would
@@ -53,35 +62,31 @@ def export_official(
   """
   if to not in FORMATS:
     raise ValueError(f"format {to!r} is not known; use one of {FORMATS}.")
-  checkpoint = pathlib.Path(checkpoint)
+  if to == "torch":
+    tensor_files.require_torch(output)
   described = Description.read(checkpoint)
   transformer = described.transformer
   tokenizer_at = weights.tokenizer_folder(checkpoint)
   tokenizer = Description.read(tokenizer_at).tokenizer
   described = dataclasses.replace(described, tokenizer=tokenizer)
   _check_expressible(described)
-  for part in dict.fromkeys((checkpoint, tokenizer_at)):
-    weights.verify(part)
+  # A run under way makes newer steps: these are the ones that are exported.
+  steps = Steps(
+    weights.newest(tokenizer_at),
+    weights.newest(checkpoint) if transformer else None,
+  )
+  used = weights.kept(steps.var or steps.vae, which)
+  for step in filter(None, steps):
+    weights.verify(step)
   with files.new_folder(output) as folder:
     folder = pathlib.Path(folder)
-    _write(
-      folder,
-      "vae",
-      described,
-      to,
-      official_tokenizer(tokenizer_at, described.tokenizer, which),
-    )
+    tensors = official_tokenizer(steps.vae, tokenizer, which)
+    _write(folder, "vae", described, to, tensors)
     if transformer:
-      _write(
-        folder,
-        "var",
-        described,
-        to,
-        official_var(checkpoint, transformer, which),
-      )
+      tensors = official_var(steps.var, transformer, which)
+      _write(folder, "var", described, to, tensors)
     use = (
-      f"Written by `var-jax convert --to {to}`, the "
-      f"{weights.kept(checkpoint, which)} weights; the "
+      f"Written by `var-jax convert --to {to}`, the {used} weights; the "
       "official PyTorch code loads the tensors with strict=True, "
       "`var-jax convert` brings them back. `checksums.json` says what every "
       "file was when it was written."
@@ -92,38 +97,39 @@ def export_official(
     (folder / "README.md").write_text(card)
     checksums.write(folder)
     if check:
-      check(folder)
+      del tensors  # the check wants the memory
+      check(folder, steps)
   return architecture.official_limits(described.tokenizer)
 
 
 def official_var(
-  folder: pathlib.Path, cfg: VARConfig, which: str
+  step: epath.Path, cfg: VARConfig, which: str
 ) -> dict[str, np.ndarray]:
-  """Return the official state dict of a workdir's transformer."""
+  """Return the official state dict of a transformer's step."""
   entries = torch_format.var_entries(cfg)
   abstract = torch_format.abstract_var(cfg)
-  tensors = dict(_official_parts(folder, abstract, entries, which))
+  tensors = dict(_official_parts(step, abstract, entries, which))
   return tensors | torch_format.var_buffers(cfg)
 
 
 def official_tokenizer(
-  folder: pathlib.Path, cfg: TokenizerConfig, which: str
+  step: epath.Path, cfg: TokenizerConfig, which: str
 ) -> dict[str, np.ndarray]:
-  """Return the official state dict of a workdir's tokenizer."""
+  """Return the official state dict of a tokenizer's step."""
   entries = torch_format.tokenizer_entries(cfg)
   abstract = torch_format.abstract_tokenizer(cfg)
-  tensors = dict(_official_parts(folder, abstract, entries, which))
-  hits_SV = weights.read_code_hits(folder)
+  tensors = dict(_official_parts(step, abstract, entries, which))
+  hits_SV = weights.read_code_hits(step, cfg)
   if hits_SV is None:  # what a new official model has
     hits_SV = np.zeros((len(cfg.scales), cfg.vocab_size), np.float32)
   return tensors | {torch_format.CODE_HITS: hits_SV}
 
 
 def _official_parts(
-  folder, abstract, entries, which
+  step, abstract, entries, which
 ) -> Iterator[tuple[str, np.ndarray]]:
   entries = list(entries)
-  for part in weights.read_parts(folder, abstract, which):
+  for part in weights.read_parts(step, abstract, which):
     ours = [entry for entry in entries if entry.path in part]
     for name, tensor in torch_format.official_tensors(part, ours):
       yield name, _packed(tensor)

@@ -15,12 +15,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
-from var_jax import files
-from var_jax.checkpoints import checksums
+from var_jax.checkpoints import checksums, hub
 from var_jax.checkpoints.architecture import Settings
-
-ENDINGS = (".pth", ".pt", ".safetensors")
+from var_jax.checkpoints.hub import ENDINGS, first_line
 
 
 class TensorFile(NamedTuple):
@@ -44,7 +43,7 @@ def read(name: str) -> TensorFile:
   Raises:
     ValueError: it is missing, damaged, or holds something else.
   """
-  path = _local(name)
+  path = hub.find(name)
   if path.is_dir():
     return _read_folder(path)
   if path.suffix not in ENDINGS:
@@ -63,9 +62,10 @@ def read(name: str) -> TensorFile:
 
 def write_torch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   """Write a state dict that `torch.load` reads."""
-  torch = _torch(path)
+  torch = require_torch(path)
   state_dict = {k: torch.from_numpy(v) for k, v in tensors.items()}
-  torch.save(state_dict, path)
+  with _writable(path):
+    torch.save(state_dict, path)
 
 
 def write_safetensors(
@@ -77,43 +77,19 @@ def write_safetensors(
   # "format" is what the readers of the hub look for.
   # It takes the memory as it lies, whatever the strides.
   plain = {name: np.ascontiguousarray(t) for name, t in tensors.items()}
-  safetensors.numpy.save_file(plain, path, metadata={"format": "pt"})
+  with _writable(path):
+    safetensors.numpy.save_file(plain, path, metadata={"format": "pt"})
   os.chmod(path, 0o644)  # the library writes for the owner alone
-
-
-def _local(name: str) -> pathlib.Path:
-  """Return the path of a file or folder, fetched where it is a hub id."""
-  path = pathlib.Path(name)
-  if path.exists():
-    return path
-  hub_id = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/(.+))?", name)
-  if not hub_id or (path.suffix in ENDINGS and not hub_id[2]):
-    raise ValueError(f"{name} does not exist; check the path.")
-  try:
-    import huggingface_hub
-  except ImportError:
-    raise ValueError(
-      f"{name} does not exist; if it is a hub id, pip install huggingface_hub."
-    ) from None
-  repository, file = hub_id.groups()
-  try:
-    if file:
-      return pathlib.Path(huggingface_hub.hf_hub_download(repository, file))
-    patterns = ["*.json", "*.safetensors", "README.md"]
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(repository, allow_patterns=patterns)
-    )
-  except Exception as error:  # the network's, the hub's, the library's own
-    raise ValueError(
-      f"{name} is no path here and the hub did not give it "
-      f"({_first_line(error)}); check the name."
-    ) from None
 
 
 def _read_folder(folder: pathlib.Path) -> TensorFile:
   model, tokenizer = (
     within / "model.safetensors" for within in (folder, folder / "vae")
   )
+  if (folder / "checkpoints").exists():
+    raise ValueError(
+      f"{folder} is a workdir already; it goes out by --checkpoint and --to."
+    )
   if not model.exists():
     raise ValueError(
       f"{folder} has no model.safetensors; give a hub folder, or a .pth or "
@@ -121,54 +97,16 @@ def _read_folder(folder: pathlib.Path) -> TensorFile:
     )
   if (folder / checksums.NAME).exists():
     checksums.verify(folder)
-  settings = _hub_settings(folder / "config.json")
+  else:
+    checksums.verify_file(model)
+  settings = hub.settings(folder / "config.json")
   state_dicts, sources = {}, {}
   for path in (model, tokenizer):
     if path.exists():
       found = _sorted_out(_open_safetensors(path), path)
       state_dicts |= found
       sources |= dict.fromkeys(found, path)
-  return TensorFile(folder, state_dicts, sources, settings, _licence(folder))
-
-
-def _hub_settings(path: pathlib.Path) -> Settings:
-  """Return what the arguments of the official classes say, as stored there."""
-  config = files.read_json(path)
-  if not isinstance(config, dict):
-    raise ValueError(f"{path} is no table of settings; restore it.")
-  try:
-    vae = config.get("vae_kwargs", config)
-    scales = config.get("patch_nums") or vae.get("v_patch_nums")
-    quant_resi = _maybe(float, vae.get("quant_resi"))
-    return Settings(
-      heads=_maybe(int, config.get("num_heads")),
-      scales=scales and tuple(int(n) for n in scales),
-      distance={True: "cosine", False: "euclidean", None: None}[
-        vae.get("using_znorm")
-      ],
-      # VAR: its sign means nothing.
-      quant_resi=_maybe(abs, quant_resi),
-      norm_eps=_maybe(float, config.get("norm_eps")),
-      drop_path=_maybe(float, config.get("drop_path_rate")),
-      beta=_maybe(float, vae.get("beta")),
-    )
-  except (TypeError, ValueError, KeyError, AttributeError) as error:
-    raise ValueError(
-      f"{path} has settings that make no sense ({error!r}); restore it."
-    ) from None
-
-
-def _maybe(kind, value):
-  return None if value is None else kind(value)
-
-
-def _licence(folder: pathlib.Path) -> str | None:
-  """Return the licence in the front matter of a hub folder's card."""
-  card = folder / "README.md"
-  text = card.read_text(errors="replace") if card.exists() else ""
-  front = re.match(r"---\n(.*?)\n---\s", text, re.DOTALL)
-  line = front and re.search(r"^license: *(\S.*)$", front[1], re.MULTILINE)
-  return line[1].strip(" \"'") if line else None
+  return TensorFile(folder, state_dicts, sources, settings, hub.licence(folder))
 
 
 def _sorted_out(content: Any, path: pathlib.Path) -> dict[str, Mapping]:
@@ -215,7 +153,7 @@ def _to_numpy(state_dict: Mapping, path: pathlib.Path) -> Mapping:
     except (TypeError, RuntimeError) as error:  # bfloat16, sparse, quantised
       raise ValueError(
         f"{path}: tensor {name} is {tensor.dtype} and cannot be read "
-        f"({_first_line(error)}); save it as a dense float32 tensor."
+        f"({first_line(error)}); save it as a dense float32 tensor."
       ) from None
   return arrays
 
@@ -233,7 +171,7 @@ class _Safetensors(Mapping):
       return self._file.get_tensor(name)
     except Exception as error:  # bfloat16 is no NumPy type, for one
       raise ValueError(
-        f"{self._path}: tensor {name} cannot be read ({_first_line(error)}); "
+        f"{self._path}: tensor {name} cannot be read ({first_line(error)}); "
         "save it as float32."
       ) from None
 
@@ -252,7 +190,7 @@ def _open_safetensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
 
 
 def _open_torch(path: pathlib.Path) -> Mapping[str, Any]:
-  torch = _torch(path)
+  torch = require_torch(path)
   with _readable(path):
     with zipfile.ZipFile(path) as archive:
       damaged = archive.testzip()
@@ -267,6 +205,18 @@ def _open_torch(path: pathlib.Path) -> Mapping[str, Any]:
 
 
 @contextlib.contextmanager
+def _writable(path: pathlib.Path):
+  """Turn what the libraries raise on a full disk into one line."""
+  try:
+    yield
+  except Exception as error:
+    raise ValueError(
+      f"{path} cannot be written ({first_line(error)}); look for space and "
+      "permissions."
+    ) from None
+
+
+@contextlib.contextmanager
 def _readable(path: pathlib.Path):
   """Turn what the libraries raise on damaged files into one line."""
   try:
@@ -278,18 +228,20 @@ def _readable(path: pathlib.Path):
         f"{path} holds more than tensors: it asks for {asked[1]}, which is not "
         "run; give a plain state dict."
       ) from None
+    remedy = "fetch or copy it again"
+    if "mmap" in str(error):  # a file of torch before 1.6
+      remedy = "save it anew with a torch of today"
     raise ValueError(
-      f"{path} cannot be read ({_first_line(error)}); fetch or copy it again, "
-      "a file of an old torch is to be saved anew."
+      f"{path} cannot be read ({first_line(error)}); {remedy}."
     ) from None
 
 
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return lines[0][:160]
+def require_torch(path: epath.PathLike):
+  """Return torch.
 
-
-def _torch(path: pathlib.Path):
+  Raises:
+    ValueError: it is not installed; `path` is what asked for it.
+  """
   try:
     import torch
   except ImportError:

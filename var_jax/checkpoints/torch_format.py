@@ -81,8 +81,8 @@ def tokenizer_entries(cfg: TokenizerConfig) -> Iterator[Entry]:
 @functools.cache
 def abstract_var(cfg: VARConfig) -> dict[str, Any]:
   """Return the parameter tree of a transformer as shapes and dtypes."""
-  inputs_1lZ = jnp.zeros((1, 0, cfg.latent_channels))
-  labels_1 = jnp.zeros((1,), jnp.int32)
+  inputs_1lZ = jax.ShapeDtypeStruct((1, 0, cfg.latent_channels), jnp.float32)
+  labels_1 = jax.ShapeDtypeStruct((1,), jnp.int32)
   init = jax.eval_shape(VAR(cfg).init, jax.random.key(0), labels_1, inputs_1lZ)
   return init["params"]
 
@@ -90,7 +90,8 @@ def abstract_var(cfg: VARConfig) -> dict[str, Any]:
 @functools.cache
 def abstract_tokenizer(cfg: TokenizerConfig) -> dict[str, Any]:
   """Return the parameter tree of a tokenizer as shapes and dtypes."""
-  image_1HW3 = jnp.zeros((1, *cfg.image_shape, 3))
+  # A shape and no array: a mistyped scale list must not take memory.
+  image_1HW3 = jax.ShapeDtypeStruct((1, *cfg.image_shape, 3), jnp.float32)
   init = jax.eval_shape(Tokenizer(cfg).init, jax.random.key(0), image_1HW3)
   return init["params"]
 

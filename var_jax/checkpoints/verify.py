@@ -55,60 +55,63 @@ def imported(folder: pathlib.Path, source: convert.Source) -> list[Row]:
     ValueError: a tensor does not come back as it was, or the reference says
       something else.
   """
-  folder, description = pathlib.Path(folder), source.description
-  at = weights.tokenizer_folder(folder)
-  back = export.official_tokenizer(at, description.tokenizer, "raw")
+  description = source.description
+  vae_step = weights.newest(weights.tokenizer_folder(folder))
+  steps = export.Steps(vae_step, None)
+  back = export.official_tokenizer(vae_step, description.tokenizer, "raw")
   rows = [_compare_tensors("tokenizer", back, source.vae)]
   del back
   if description.transformer:
-    back = export.official_var(folder, description.transformer, "raw")
+    steps = export.Steps(vae_step, weights.newest(folder))
+    back = export.official_var(steps.var, description.transformer, "raw")
     rows.append(_compare_tensors("transformer", back, source.var))
     del back
-  return rows + _compare_models(folder, "raw", source.vae, source.var)
+  return rows + _compare_models(steps, "raw", source.vae, source.var)
 
 
-def exported(folder: pathlib.Path, checkpoint: str, which: str) -> list[Row]:
-  """Return the table of official files that were made from `checkpoint`.
+def exported(
+  folder: pathlib.Path, steps: export.Steps, which: str
+) -> list[Row]:
+  """Return the table of official files that were made from `steps`.
 
-  They are read as any official file is, and compared with its parameters.
+  They are read as any official file is, and compared with the parameters.
 
   Raises:
     ValueError: as `imported`.
   """
-  folder, checkpoint, found = pathlib.Path(folder), pathlib.Path(checkpoint), {}
+  folder, found = pathlib.Path(folder), {}
   for path in sorted((*folder.glob("*.*"), *folder.glob("vae/*.*"))):
     if path.suffix in tensor_files.ENDINGS:
       found |= tensor_files.read(str(path)).state_dicts
-  at = weights.tokenizer_folder(checkpoint)
-  tokenizer = Description.read(at).tokenizer
-  abstract = torch_format.abstract_tokenizer(tokenizer)
-  entries = torch_format.tokenizer_entries(tokenizer)
-  rows = [_compare("tokenizer", found["vae"], entries, at, abstract, which)]
-  hits_SV = weights.read_code_hits(at)
+  vae, var = found["vae"], found.get("var")
+  cfg = _description(steps.vae).tokenizer
+  abstract = torch_format.abstract_tokenizer(cfg)
+  entries = torch_format.tokenizer_entries(cfg)
+  rows = [_compare("tokenizer", vae, entries, steps.vae, abstract, which)]
+  hits_SV = weights.read_code_hits(steps.vae, cfg)
   if hits_SV is not None:
-    _must_equal(
-      torch_format.CODE_HITS, found["vae"][torch_format.CODE_HITS], hits_SV
-    )
-  if cfg := Description.read(checkpoint).transformer:
+    _must_equal(torch_format.CODE_HITS, vae[torch_format.CODE_HITS], hits_SV)
+  if steps.var:
+    cfg = _description(steps.var).transformer
     abstract = torch_format.abstract_var(cfg)
     entries = torch_format.var_entries(cfg)
     rows.append(
-      _compare(
-        "transformer", found["var"], entries, checkpoint, abstract, which
-      )
+      _compare("transformer", var, entries, steps.var, abstract, which)
     )
-    torch_format.check_var_buffers(found["var"], cfg)
-  return rows + _compare_models(
-    checkpoint, which, found["vae"], found.get("var")
-  )
+    torch_format.check_var_buffers(var, cfg)
+  return rows + _compare_models(steps, which, vae, var)
 
 
-def _compare(what, tensors, entries, workdir, abstract, which) -> Row:
-  """Compare official tensors, made ours again, with a workdir's parameters."""
+def _description(step) -> Description:
+  return Description.read(step.parent.parent)
+
+
+def _compare(what, tensors, entries, step, abstract, which) -> Row:
+  """Compare official tensors, made ours again, with a step's parameters."""
   entries = list(entries)
   back = torch_format.from_official(tensors, entries)
   back = flax.traverse_util.flatten_dict(back, sep="/")
-  for part in weights.read_parts(workdir, abstract, which):
+  for part in weights.read_parts(step, abstract, which):
     for path, array in part.items():
       _must_equal(path, back[path], array)
   return Row(
@@ -136,17 +139,16 @@ def _must_equal(name: str, back: np.ndarray, was: np.ndarray) -> None:
     raise ValueError(f"tensor {name} does not come back as it was; {_DEFECT}")
 
 
-def _compare_models(workdir, which, vae: Tensors, var) -> list[Row]:
+def _compare_models(steps, which, vae: Tensors, var) -> list[Row]:
   """Return what our models and the reference make of the same inputs."""
   reference, reason = _reference()
   if reference is None:
     return [Row(f"PyTorch reference: not compared, {reason}", None, None, "")]
   import torch
 
-  description, tokenizer_params, var_params = weights.read_models(
-    workdir, weights=which
-  )
-  cfg = description.tokenizer
+  cfg = _description(steps.vae).tokenizer
+  abstract = torch_format.abstract_tokenizer(cfg)
+  tokenizer_params = weights.read_step(steps.vae, abstract, which)
   tokenizer = Tokenizer(cfg)
   # The counts have no part in this, and a file's may be of other scales.
   hits_SV = np.zeros((len(cfg.scales), cfg.vocab_size), np.float32)
@@ -180,15 +182,14 @@ def _compare_models(workdir, which, vae: Tensors, var) -> list[Row]:
     rows.append(
       _close("reconstruction", decoded, theirs.numpy().transpose(0, 2, 3, 1))
     )
-    if var is not None:
-      their_var = _assigned(
-        reference.VAR,
-        description.transformer,
-        var,
-        torch_format.var_buffers(description.transformer),
-      )
+    if steps.var:
+      cfg = _description(steps.var).transformer
+      abstract = torch_format.abstract_var(cfg)
+      var_params = weights.read_step(steps.var, abstract, which)
+      buffers = torch_format.var_buffers(cfg)
+      their_var = _assigned(reference.VAR, cfg, var, buffers)
       inputs_BLZ = ours("inputs", tokens_BL.astype("i4"))
-      logits_BLV = jax.jit(VAR(description.transformer).apply)(
+      logits_BLV = jax.jit(VAR(cfg).apply)(
         var_params, jnp.zeros(1, jnp.int32), inputs_BLZ
       )
       theirs = their_var(

@@ -4,10 +4,9 @@
 from NumPy arrays: neither makes a second copy of a large model on the host.
 """
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import flax.traverse_util
@@ -15,15 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 
 from var_jax import files
-from var_jax.checkpoints import checksums, store, torch_format
+from var_jax.checkpoints import checksums, orbax_trees, store, torch_format
 from var_jax.checkpoints.description import Description, architecture_digest
-
-CHUNK_BYTES = 64 * 2**20  # of a file; who wants a slice reads no more
-PART_BYTES = 256 * 2**20  # small parameters are read together
+from var_jax.models.tokenizer import TokenizerConfig
 
 # Parameters that meet nothing but a product in `dtype`: nn.Dense and nn.Conv
 # would cast them at each use. The encoder and all norms stay float32.
@@ -73,7 +69,7 @@ def read_tokenizer(
   folder = tokenizer_folder(folder)
   description = Description.read(folder)
   abstract = torch_format.abstract_tokenizer(description.tokenizer)
-  variables = _read_newest(folder, abstract, weights, sharding, dtype)
+  variables = read_step(newest(folder), abstract, weights, sharding, dtype)
   return description, variables
 
 
@@ -95,7 +91,7 @@ def read_transformer(
       f"{folder} holds a tokenizer alone; give a transformer's workdir."
     )
   abstract = torch_format.abstract_var(description.transformer)
-  variables = _read_newest(folder, abstract, weights, sharding, dtype)
+  variables = read_step(newest(folder), abstract, weights, sharding, dtype)
   return description, variables
 
 
@@ -113,37 +109,90 @@ def tokenizer_folder(workdir: epath.PathLike) -> epath.Path:
   return folder
 
 
-def read_parts(
-  folder: epath.PathLike, abstract: Any, weights: str
-) -> Iterator[dict[str, np.ndarray]]:
-  """Yield all parameters of the newest step by path, a part at a time.
+def newest(folder: epath.PathLike) -> epath.Path:
+  """Return the folder of a workdir's newest step.
 
-  The largest come first, so that with what the caller keeps of each part
-  memory peaks at little more than all of them.
+  A run under way makes newer ones: who reads twice keeps this.
+  """
+  folder = epath.Path(folder).absolute()
+  step = store.latest_step(folder)
+  if step is None:
+    raise ValueError(
+      f"{folder} holds no finished checkpoint; train until the first save."
+    )
+  return folder / "checkpoints" / str(step)
+
+
+def verify(step: epath.Path) -> None:
+  """Raise ValueError unless a step is what was written."""
+  checksums.verify(step, architecture_digest(step.parent.parent))
+
+
+def kept(step: epath.Path, weights: str) -> str:
+  """Return "ema" or "raw": what asking a step for `weights` gives."""
+  return "ema" if _item(step, weights).name == "ema" else "raw"
+
+
+def read_step(
+  step: epath.Path,
+  abstract: Any,
+  weights: str,
+  sharding: jax.sharding.Sharding | None = None,
+  dtype: str = "float32",
+) -> Any:
+  """Return the variables of a step; arguments as of `read_tokenizer`.
 
   Args:
-    folder: a workdir; `checksums.verify` is the caller's.
     abstract: the parameter tree, as `torch_format.abstract_var` returns it.
   """
-  item = _newest_item(epath.Path(folder).absolute(), weights)
-  _check_shapes(item, abstract)
+  verify(step)
+  item = _item(step, weights)
+  orbax_trees.check_shapes(item, abstract)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  arrays = {}
+  for part in orbax_trees.parts(abstract):
+    # A part at a time, or the host would hold all of it beside the devices.
+    restore_args = {
+      path: ocp.ArrayRestoreArgs(
+        sharding=sharding,
+        dtype=dtype if _ONLY_MULTIPLIED.fullmatch(path) else leaf.dtype,
+        global_shape=leaf.shape,
+      )
+      for path, leaf in part.items()
+    }
+    arrays |= orbax_trees.restore(item, part, restore_args)
+  return {"params": flax.traverse_util.unflatten_dict(arrays, sep="/")}
+
+
+def read_parts(
+  step: epath.Path, abstract: Any, weights: str
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yield all parameters of a step by path, a part at a time.
+
+  The largest come first, so that with what the caller keeps of each part
+  memory peaks at little more than all of them. To `verify` is the caller's.
+
+  Args:
+    abstract: the parameter tree, as `torch_format.abstract_var` returns it.
+  """
+  item = _item(step, weights)
+  orbax_trees.check_shapes(item, abstract)
   as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-  for part in _parts(abstract):
-    yield _restore(item, part, dict.fromkeys(part, as_numpy))
+  for part in orbax_trees.parts(abstract):
+    yield orbax_trees.restore(item, part, dict.fromkeys(part, as_numpy))
 
 
-def read_code_hits(folder: epath.PathLike) -> np.ndarray | None:
+def read_code_hits(step: epath.Path, cfg: TokenizerConfig) -> np.ndarray | None:
   """Return a tokenizer's moving count of code uses [S, V], if it was kept."""
-  folder = tokenizer_folder(folder)
-  cfg = Description.read(folder).tokenizer
-  item = folder / "checkpoints" / str(_newest_step(folder)) / "training"
+  item = step / "training"
   if not item.exists():
     return None
   shape = (len(cfg.scales), cfg.vocab_size)
   wanted = {"code_hits_SV": jax.ShapeDtypeStruct(shape, jnp.float32)}
   with (
-    store.readable(item.parent),
-    ocp.Checkpointer(_handler()) as checkpointer,
+    store.readable(step),
+    ocp.Checkpointer(orbax_trees.handler()) as checkpointer,
   ):
     restore_args = {"code_hits_SV": ocp.RestoreArgs(restore_type=np.ndarray)}
     found = checkpointer.restore(
@@ -151,19 +200,6 @@ def read_code_hits(folder: epath.PathLike) -> np.ndarray | None:
       args=ocp.args.PyTreeRestore(wanted, restore_args, partial_restore=True),
     )
   return found["code_hits_SV"]
-
-
-def kept(folder: epath.PathLike, weights: str) -> str:
-  """Return "ema" or "raw": what asking for `weights` gives."""
-  item = _newest_item(epath.Path(folder).absolute(), weights)
-  return "ema" if item.name == "ema" else "raw"
-
-
-def verify(folder: epath.PathLike) -> None:
-  """Raise ValueError unless the newest step is what was written."""
-  folder = epath.Path(folder)
-  step = folder / "checkpoints" / str(_newest_step(folder))
-  checksums.verify(step, architecture_digest(folder))
 
 
 def write_model(
@@ -182,9 +218,12 @@ def write_model(
   items = {"params": variables}
   if code_hits_SV is not None:
     items["training"] = {"code_hits_SV": code_hits_SV}
-  with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
+  with (
+    orbax_trees.writing(step),
+    ocp.Checkpointer(orbax_trees.handler()) as checkpointer,
+  ):
     for name, tree in items.items():
-      chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+      chunks = ocp.SaveArgs(chunk_byte_size=orbax_trees.CHUNK_BYTES)
       save_args = jax.tree.map(lambda _, chunks=chunks: chunks, tree)
       checkpointer.save(
         step / name, args=ocp.args.PyTreeSave(tree, save_args=save_args)
@@ -207,114 +246,8 @@ def write_tokenizer(
     write_model(aside, description, variables, code_hits_SV)
 
 
-def _read_newest(folder, abstract, weights, sharding, dtype):
-  verify(folder)
-  item = _newest_item(folder, weights)
-  _check_shapes(item, abstract)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  arrays = {}
-  for part in _parts(abstract):
-    # A part at a time, or the host would hold all of it beside the devices.
-    restore_args = {
-      path: ocp.ArrayRestoreArgs(
-        sharding=sharding,
-        dtype=dtype if _ONLY_MULTIPLIED.fullmatch(path) else leaf.dtype,
-        global_shape=leaf.shape,
-      )
-      for path, leaf in part.items()
-    }
-    arrays |= _restore(item, part, restore_args)
-  return {"params": flax.traverse_util.unflatten_dict(arrays, sep="/")}
-
-
-def _check_shapes(item: epath.Path, abstract) -> None:
-  """Raise ValueError unless the arrays of a checkpoint are the described."""
-  with (
-    store.readable(item.parent),
-    ocp.Checkpointer(_handler()) as checkpointer,
-  ):
-    tree = checkpointer.metadata(item).item_metadata.tree["params"]
-  found, wanted = (
-    flax.traverse_util.flatten_dict(tree, sep="/") for tree in (tree, abstract)
-  )
-  for path in sorted(found.keys() | wanted.keys()):
-    there, here = (
-      tuple(flat[path].shape) if path in flat else None
-      for flat in (found, wanted)
-    )
-    if there != here:
-      raise ValueError(
-        f"checkpoint {item.parent} cannot be read: {path} has shape {there}, "
-        f"config.json describes {here}; restore config.json from a copy."
-      )
-
-
-def _parts(abstract) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-  """Yield the leaves by path: the largest alone and first, then several."""
-  flat = flax.traverse_util.flatten_dict(abstract, sep="/")
-  part, size = {}, 0
-  for path in sorted(flat, key=lambda path: -flat[path].size):
-    part[path] = flat[path]
-    size += flat[path].size * 4
-    if size >= PART_BYTES:
-      yield part
-      part, size = {}, 0
-  if part:
-    yield part
-
-
-def _restore(item, leaves: Mapping[str, Any], restore_args: Mapping[str, Any]):
-  """Return some parameters by path."""
-  tree, args = (
-    {"params": flax.traverse_util.unflatten_dict(dict(flat), sep="/")}
-    for flat in (leaves, restore_args)
-  )
-  restore = ocp.args.PyTreeRestore(tree, args, partial_restore=True)
-  with (
-    store.readable(item.parent),
-    ocp.Checkpointer(_handler()) as checkpointer,
-  ):
-    found = checkpointer.restore(item, args=restore)
-  return flax.traverse_util.flatten_dict(found["params"], sep="/")
-
-
-def _handler() -> ocp.PyTreeCheckpointHandler:
-  """Return what reads and writes trees without a second copy of them."""
-  handlers = ocp.type_handlers
-  return ocp.PyTreeCheckpointHandler(
-    use_ocdbt=False,  # it gathers a whole tree before it writes; reads both
-    save_concurrent_gb=1,
-    type_handler_registry=handlers.create_type_handler_registry(
-      (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
-      (jax.Array, handlers.ArrayHandler()),
-    ),
-  )
-
-
-@contextlib.contextmanager
-def _quiet():
-  """Keep Orbax from warning that it does not gather what we want apart."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
-
-
-def _newest_item(folder: epath.Path, weights: str) -> epath.Path:
+def _item(step: epath.Path, weights: str) -> epath.Path:
   if weights not in ("ema", "raw"):
     raise ValueError(f"weights {weights!r} is not known; use ema or raw.")
-  path = folder / "checkpoints" / str(_newest_step(folder))
-  has_ema = weights == "ema" and (path / "ema").exists()
-  return path / ("ema" if has_ema else "params")
-
-
-def _newest_step(folder: epath.Path) -> int:
-  step = store.latest_step(folder)
-  if step is None:
-    raise ValueError(
-      f"{folder} holds no finished checkpoint; train until the first save."
-    )
-  return step
+  has_ema = weights == "ema" and (step / "ema").exists()
+  return step / ("ema" if has_ema else "params")

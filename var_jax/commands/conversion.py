@@ -1,5 +1,6 @@
 """`var-jax convert`."""
 
+from var_jax import files
 from var_jax.commands.arguments import UsageError, count, scales
 
 
@@ -42,6 +43,15 @@ def add(commands) -> None:
 
 
 def _convert(args) -> None:
+  if "://" in args.output:
+    raise ValueError(
+      f"output {args.output} is no local folder; write to one and copy it."
+    )
+  with files.removed_on_signals():
+    _convert_one_way(args)
+
+
+def _convert_one_way(args) -> None:
   if args.checkpoint:
     if not args.to:
       raise UsageError("--checkpoint needs --to; see var-jax convert --help.")
@@ -106,9 +116,9 @@ def _export(args) -> None:
   which = args.weights or "ema"
   rows = []
 
-  def check(folder):
+  def check(folder, steps):
     if args.verify:
-      rows.extend(verify.exported(folder, args.checkpoint, which))
+      rows.extend(verify.exported(folder, steps, which))
 
   fixed = export.export_official(
     args.checkpoint, args.output, args.to, which, check

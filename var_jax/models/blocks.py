@@ -56,6 +56,8 @@ class VARConfig:
         raise ValueError(
           f"{name} {getattr(self, name)} is not in [0, 1); 0 turns it off."
         )
+    if not 0.0 < self.norm_eps < 1.0:
+      raise ValueError(f"norm_eps {self.norm_eps} is not in (0, 1); use 1e-6.")
     if self.width % self.heads:
       raise ValueError(
         f"width {self.width} is not divisible by {self.heads} heads; "

@@ -188,7 +188,8 @@ def var_program(config, source, workdir: epath.Path) -> Program:
 
   def prepare() -> None:
     if not copied:
-      hits_SV = weights.read_code_hits(path)
+      step = weights.newest(weights.tokenizer_folder(path))
+      hits_SV = weights.read_code_hits(step, described.tokenizer)
       weights.write_tokenizer(workdir, described, tokenizer_params, hits_SV)
 
   description = Description(
