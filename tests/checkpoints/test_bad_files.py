@@ -448,6 +448,8 @@ HUBS = [
    ["heads 2", "says 4"]),
   ("a list as config", unlisted(lambda c: c.write_text("[]")),
    ["config.json", "no table"]),
+  ("no epsilon", unlisted(lambda c: edit_json(c, norm_eps=-1)),
+   ["norm_eps -1.0"]),
   ("no table within", unlisted(lambda c: edit_json(c, vae_kwargs=3)),
    ["config.json", "make no sense"]),
   ("odd settings",
@@ -467,6 +469,34 @@ def test_a_damaged_hub_folder(tmp_path, capsys, made, damage, parts):
   assert all(part in line for part in parts), line
 
 
+def test_a_damaged_tokenizer_of_a_hub_folder(tmp_path, capsys, made):
+  """The checksums lie in the folder above."""
+  shutil.copytree(made / "hub", tmp_path / "hub")
+  flip_file(tmp_path / "hub" / "vae" / "model.safetensors")
+  for vae in ("hub/vae", "hub/vae/model.safetensors"):
+    line = run(capsys, tmp_path, "--vae", tmp_path / vae, "--var", made / "hub")
+    assert "vae/model.safetensors is not what was written" in line
+
+
+def test_a_workdir_is_no_official_file(tmp_path, capsys, made):
+  line = run(capsys, tmp_path, "--var", made / "work")
+  assert "workdir already" in line and "--checkpoint" in line
+  line = run(capsys, tmp_path, "--checkpoint", made / "hub", "--to", "hf")
+  assert "no workdir" in line and "--var" in line
+
+
+def test_an_output_elsewhere_is_refused(tmp_path, capsys, made):
+  code = cli.main(
+    ["convert", "--var", str(made / "hub"), "--output", "gs://x/y"]
+  )
+  assert code == 1
+  assert "gs://x/y is no local folder" in capsys.readouterr().err
+  (tmp_path / "link").symlink_to(tmp_path / "nothing")
+  flags = ["--var", str(made / "hub"), "--output", str(tmp_path / "link")]
+  assert cli.main(["convert", *flags]) == 1
+  assert "link' exists already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   "flags, part",
   [
@@ -479,6 +509,7 @@ def test_a_damaged_hub_folder(tmp_path, capsys, made, damage, parts):
     (["--checkpoint", "x", "--to", "stablehlo", "--verify"], "--verify"),
     (["--vae", "x", "--to", "hf"], "--to"),
     (["--vae", "x", "--heads", "0"], "--heads"),
+    (["--vae", "x", "--heads", "4"], "--heads does not go with a tokenizer"),
     (["--vae", "x", "--scales", "a"], "--scales"),
     (["--vae", "x", "--distance", "l1"], "--distance"),
   ],

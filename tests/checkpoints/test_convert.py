@@ -4,10 +4,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import signal
+import subprocess
+import sys
 
 import golden_files
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
@@ -544,6 +548,106 @@ def test_an_encoder_that_differs_is_not_left(official, tmp_path, monkeypatch):
       verify.imported,
     )
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def run_under_way(workdirs, tmp_path):
+  """A training workdir with step 1, and what saves a newer one."""
+  description, tokenizer, var = weights.read_models(workdirs["A"])
+  alone = Description(description.tokenizer)
+  weights.write_tokenizer(tmp_path / "run", alone, tokenizer)
+  description.write(tmp_path / "run")
+  checkpoints = store.Store(tmp_path / "run", keep=2)
+
+  def save(step, factor):
+    tree = jax.tree.map(lambda x: factor * x, var)
+    checkpoints.save(step, {"params": tree}, position=0)
+    checkpoints.wait()
+
+  save(1, 1)
+  yield save
+  checkpoints.close()
+
+
+def test_one_step_is_exported_though_a_run_goes_on(run_under_way, tmp_path):
+  rows = []
+
+  def check(folder, steps):
+    run_under_way(2, 3)
+    rows.extend(verify.exported(folder, steps, "ema"))
+
+  export.export_official(
+    tmp_path / "run", tmp_path / "out", "safetensors", check=check
+  )
+  assert [row.difference for row in rows[:2]] == ["0", "0"]
+  back = safetensors.numpy.load_file(tmp_path / "out" / "var.safetensors")
+  assert hashes(back) == recorded_hashes("var_tiny.pth")
+
+
+def test_a_training_workdir_is_exported_by_a_relative_path(
+  run_under_way, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  flags = ["--checkpoint", "run", "--to", "safetensors", "--output", "out"]
+  assert cli.main(["convert", *flags]) == 0
+  back = safetensors.numpy.load_file("out/var.safetensors")
+  assert hashes(back) == recorded_hashes("var_tiny.pth")
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_leaves_one_line_and_no_folder(official, tmp_path, number):
+  """In the middle of writing: the folder is there by then."""
+  flags = ["--vae", official / "vae.safetensors", "--scales", "1,2,3,4"]
+  flags += ["--output", tmp_path / "new" / "made"]
+  code = """
+import sys, time
+from var_jax import cli
+from var_jax.checkpoints import checksums
+def write(*_):  # as long as it takes
+  print("writing", flush=True)
+  time.sleep(60)
+checksums.write = write
+sys.exit(cli.main(sys.argv[1:]))
+"""
+  process = subprocess.Popen(
+    [sys.executable, "-c", code, "convert", *map(str, flags)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == "writing\n"
+  assert (tmp_path / "new" / ".made.partial").exists()
+  process.send_signal(getattr(signal, number))
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == 1
+  assert err == "var-jax: interrupted\n"
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(workdirs, tmp_path, monkeypatch, capsys):
+  def full(*_, **__):
+    raise RuntimeError("no space left\non the device")
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", full)
+  monkeypatch.setattr(ocp.Checkpointer, "save", full)
+  flags = ["--checkpoint", workdirs["A"], "--to", "hf"]
+  for arguments in (flags, ["--var", tmp_path / "hub"]):
+    if arguments is not flags:
+      monkeypatch.undo()
+      export.export_official(workdirs["A"], tmp_path / "hub", "hf")
+      monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    arguments = [*arguments, "--output", tmp_path / "out"]
+    assert cli.main(["convert", *map(str, arguments)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "cannot be written (no space left)" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistyped_scale_takes_no_memory():
+  """The image of these scales would be 27 GB."""
+  cfg = dataclasses.replace(golden_files.TOKENIZER, scales=(1, 2, 3, 3000))
+  assert "48000 x 48000" in model_card.render(cfg, None, {})
 
 
 def test_weights_that_nobody_knows_are_refused(workdirs, tmp_path):

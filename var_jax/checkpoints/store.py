@@ -52,7 +52,7 @@ class Store:
       if tree is not None
     }
     items["data"] = ocp.args.JsonSave({"position": position})
-    self._manager.wait_until_finished()  # `_seal` needs to know the step
+    self.wait()  # `_seal` needs to know the step
     self._saving = step
     self._manager.save(step, args=ocp.args.Composite(**items))
 
@@ -80,9 +80,13 @@ class Store:
     }
     return trees, found["data"]["position"]
 
-  def close(self) -> None:
+  def wait(self) -> None:
     """Wait for saves under way."""
     self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Wait for saves under way and end."""
+    self.wait()
     self._manager.close()
 
   def _seal(self) -> None:

@@ -66,6 +66,7 @@ def read_tokenizer(
     ValueError: there is no checkpoint, it cannot be read, or it is not what
       was written.
   """
+  _check_which(weights)
   folder = tokenizer_folder(folder)
   description = Description.read(folder)
   abstract = torch_format.abstract_tokenizer(description.tokenizer)
@@ -84,6 +85,7 @@ def read_transformer(
 
   Arguments and errors as of `read_tokenizer`.
   """
+  _check_which(weights)
   folder = epath.Path(folder).absolute()
   description = Description.read(folder)
   if not description.transformer:
@@ -246,8 +248,12 @@ def write_tokenizer(
     write_model(aside, description, variables, code_hits_SV)
 
 
-def _item(step: epath.Path, weights: str) -> epath.Path:
+def _check_which(weights: str) -> None:
   if weights not in ("ema", "raw"):
     raise ValueError(f"weights {weights!r} is not known; use ema or raw.")
+
+
+def _item(step: epath.Path, weights: str) -> epath.Path:
+  _check_which(weights)
   has_ema = weights == "ema" and (step / "ema").exists()
   return step / ("ema" if has_ema else "params")
