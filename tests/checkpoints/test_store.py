@@ -93,6 +93,11 @@ def test_a_truncated_checkpoint_without_checksums_is_one_line_that_names_it(
   gc.collect()
 
 
+def test_reading_a_step_logs_nothing(workdir, caplog):
+  weights.read_models(workdir)
+  assert caplog.text == ""
+
+
 def test_a_damaged_step_is_not_resumed(workdir, variables):
   path = max(
     (workdir / "checkpoints" / "2" / "params").rglob("*"),

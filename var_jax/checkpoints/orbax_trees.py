@@ -20,11 +20,9 @@ PART_BYTES = 256 * 2**20  # small parameters are read together
 
 def check_shapes(item: epath.Path, abstract) -> None:
   """Raise ValueError unless the arrays of a checkpoint are the described."""
-  with (
-    store.readable(item.parent),
-    ocp.Checkpointer(handler()) as checkpointer,
-  ):
-    tree = checkpointer.metadata(item).item_metadata.tree["params"]
+  # Of the handler: a Checkpointer warns of metadata that an item has not.
+  with store.readable(item.parent), contextlib.closing(handler()) as reader:
+    tree = reader.metadata(item).tree["params"]
   found, wanted = (
     flax.traverse_util.flatten_dict(tree, sep="/") for tree in (tree, abstract)
   )
