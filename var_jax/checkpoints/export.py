@@ -83,6 +83,7 @@ def export_official(
     tensors = official_tokenizer(steps.vae, tokenizer, which)
     _write(folder, "vae", described, to, tensors)
     if transformer:
+      del tensors  # before the next are made
       tensors = official_var(steps.var, transformer, which)
       _write(folder, "var", described, to, tensors)
     use = (
