@@ -4,7 +4,7 @@ import ml_collections
 
 from var_jax import TokenizerConfig
 from var_jax.models.scales import SCALES
-from var_jax.training.config import section
+from var_jax.training.config import run_config, section
 from var_jax.training.optim import OptimizerConfig
 from var_jax.training.tokenizer_step import TokenizerLossConfig
 
@@ -42,18 +42,13 @@ def get_config(preset: str = "released256") -> ml_collections.ConfigDict:
     raise ValueError(
       f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}."
     )
-  config = ml_collections.ConfigDict()
-  config.kind = "tokenizer"
-  config.seed = 0
+  config = run_config("tokenizer")
   config.steps = 100_000
-  config.init_from = ""  # a workdir to start from
   config.ema_decay = 0.999
-
-  config.data = ml_collections.ConfigDict()
   config.data.source = "folder:/path/to/imagenet"
   config.data.batch_size = 256
-  config.data.transform = "crop"  # crop | jitter | resize
   config.data.flip = True
+  config.data.workers = 8
 
   config.model = section(TokenizerConfig, **PRESETS[preset])
   config.model.dtype = "auto"  # bfloat16 decoder on TPU and GPU
@@ -61,15 +56,12 @@ def get_config(preset: str = "released256") -> ml_collections.ConfigDict:
   config.optimizer = section(
     OptimizerConfig, schedule="cos", warmup_fraction=0.01, weight_decay=0.005
   )
-
-  config.log_every = 50
-  config.checkpoint_every = 2000
-  config.keep_checkpoints = 2
-
   if preset == "tiny":
     config.steps = 100
     config.data.source = "digits"
     config.data.batch_size = 16
     config.data.transform = "resize"
+    config.data.workers = 0
     config.log_every = config.checkpoint_every = 20
+    config.pictures = 2
   return config

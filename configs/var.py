@@ -1,10 +1,15 @@
-"""Transformer training: `var-jax train --config configs/var.py:PRESET`."""
+"""Transformer training: `var-jax train --config configs/var.py:PRESET`.
+
+`PRESET,cached` trains from tokens that `var-jax cache` wrote:
+--config.data.token_cache says where.
+"""
 
 import ml_collections
 
 from var_jax import VARConfig
-from var_jax.training.config import section
+from var_jax.training.config import run_config, section
 from var_jax.training.optim import OptimizerConfig
+from var_jax.training.progressive import ProgressiveConfig
 from var_jax.training.var_step import VARLossConfig
 
 IMAGENET_STEPS_PER_EPOCH = {768: 1669, 1024: 1252}  # 1,281,167 images
@@ -30,23 +35,27 @@ def get_config(preset: str = "d16") -> ml_collections.ConfigDict:
   The scale list, codebook and class count are those of the tokenizer and the
   data; d36-512 wants a tokenizer of the 512 px scale list.
   """
-  if preset not in PRESETS:
+  name, *suffixes = preset.split(",")
+  if name not in PRESETS or suffixes not in ([], ["cached"]):
     raise ValueError(
-      f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}."
+      f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}, and "
+      "one,cached to train from cached tokens."
     )
-  depth, batch_size, epochs, rate, gamma, final, decay_end = PRESETS[preset]
-  config = ml_collections.ConfigDict()
-  config.kind = "var"
-  config.seed = 0
-  config.tokenizer_path = ""  # the workdir of a trained tokenizer
-  config.init_from = ""  # a workdir to start from; its tokenizer by default
-  config.ema_decay = 0.0  # VAR: no average of the weights
+  config = _config(name)
+  if suffixes:
+    config.data.token_cache = "/path/to/token_cache"
+  return config
 
-  config.data = ml_collections.ConfigDict()
+
+def _config(preset: str) -> ml_collections.ConfigDict:
+  depth, batch_size, epochs, rate, gamma, final, decay_end = PRESETS[preset]
+  config = run_config("var")
+  config.tokenizer_path = ""  # the workdir of a trained tokenizer
   config.data.source = "folder:/path/to/imagenet"
   config.data.batch_size = batch_size
-  config.data.transform = "crop"  # crop | jitter | resize
-  config.data.flip = False
+  config.data.workers = 8
+  config.data.token_cache = ""  # a folder; train from the tokens in it
+  config.data.cache_crops = 1  # an image, of a cache that is written
 
   # VAR: width 64 and one head a layer of depth, drop path growing with it.
   config.model = section(
@@ -58,10 +67,11 @@ def get_config(preset: str = "d16") -> ml_collections.ConfigDict:
     drop_path=0.1 * depth / 24,
     shared_adaln=preset == "d36-512",
     init_adaln_gamma=gamma,
-    remat=depth > 16,
+    remat="full" if depth > 16 else "none",
     dtype="auto",
   )
   config.loss = section(VARLossConfig)
+  config.progressive = section(ProgressiveConfig)
   # VAR: warm-up takes a fiftieth of the epochs.
   config.optimizer = section(
     OptimizerConfig,
@@ -70,16 +80,16 @@ def get_config(preset: str = "d16") -> ml_collections.ConfigDict:
     warmup_fraction=1 / 50,
     weight_decay_end=decay_end,
   )
-
-  config.log_every = 50
-  config.checkpoint_every = 2000
-  config.keep_checkpoints = 2
-
   if preset == "tiny":
     config.steps = 100
     config.data.source = "digits"
     config.data.transform = "resize"
+    config.data.workers = 0
     config.log_every = config.checkpoint_every = 20
+    config.pictures = 2
   else:
     config.steps = epochs * IMAGENET_STEPS_PER_EPOCH[batch_size]
+    config.eval_every = 10_000
+    config.checkpoint_every = 2000
+    config.keep_every = 50_000
   return config

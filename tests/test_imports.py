@@ -14,9 +14,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
   "models": set(),
   "generation": {"models"},
-  "data": set(),
+  "data": {"files"},
+  "parallel": set(),
   "checkpoints": {"models", "files"},
-  "training": {"models", "checkpoints", "data", "files"},
+  "training": {
+    "models",
+    "generation",  # pictures of a run
+    "checkpoints",
+    "data",
+    "parallel",
+    "files",
+    "images",
+  },
   "files": set(),
   "images": {"files"},
   "checks": {"models", "generation"},
@@ -39,6 +48,8 @@ ALLOWED = {
 HEAVY = {
   "tensorflow_datasets": {"data"},
   "grain": {"data"},
+  "array_record": {"data"},
+  "tensorboardX": {"training"},
   "tensorflow": set(),
   "torch": {"checkpoints"},
   "gradio": {"app"},

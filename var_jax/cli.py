@@ -1,14 +1,15 @@
 """`var-jax <command>`: parses, calls one function, prints.
 
 Exit codes: 0; 2 when the command line or the config cannot be understood; 1
-for everything else that fails. A user's mistake is one line on stderr.
+for everything else that fails; 143 after a SIGTERM that was answered with a
+save. A user's mistake is one line on stderr.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from var_jax.commands import conversion, drawing, training
+from var_jax.commands import caching, conversion, drawing, training
 from var_jax.commands.arguments import Parser, UsageError
 
 
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     args, rest = _parser().parse_known_args(argv)
     args.overrides = _overrides(args.command, rest)
-    args.run(args)
+    return args.run(args) or 0
   except UsageError as error:
     return _fail(error, 2)
   except (ValueError, OSError) as error:
@@ -26,7 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _fail(f"too large for this machine ({error}); ask for less.", 1)
   except KeyboardInterrupt:
     return _fail("interrupted", 1)
-  return 0
 
 
 def _fail(error, code: int) -> int:
@@ -43,15 +43,17 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(
     dest="command", required=True, parser_class=Parser
   )
-  for module in (training, drawing, conversion):
+  for module in (training, caching, drawing, conversion):
     module.add(commands)
   return parser
 
 
 def _overrides(command: str, rest: list[str]) -> list[str]:
-  """Return the --config.a.b=value arguments, which only `train` takes."""
+  """Return the --config.a.b=value arguments of commands that take them."""
   for argument in rest:
-    if command != "train" or not argument.startswith("--config."):
+    if command not in ("train", "cache") or not argument.startswith(
+      "--config."
+    ):
       raise UsageError(
         f"argument {argument} is not known; see var-jax {command} --help."
       )

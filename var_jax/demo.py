@@ -18,8 +18,9 @@ from var_jax.data import pipeline, sources, transforms
 from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.models.transformer import VARConfig
 from var_jax.training import checks, loop
-from var_jax.training.config import section
+from var_jax.training.config import run_config, section
 from var_jax.training.optim import OptimizerConfig
+from var_jax.training.progressive import ProgressiveConfig
 from var_jax.training.tokenizer_step import TokenizerLossConfig
 from var_jax.training.var_step import VARLossConfig
 
@@ -210,7 +211,6 @@ def _print_metrics(metrics: dict[str, Any]) -> list[str]:
 def tokenizer_config() -> ml_collections.ConfigDict:
   """Return the tokenizer's config: 32 px, 4x4 latent, scales 1, 2, 4."""
   config = _common("tokenizer", steps=500, batch_size=32)
-  config.init_from = ""
   config.ema_decay = 0.99
   config.model = section(
     TokenizerConfig,
@@ -239,7 +239,8 @@ def var_config(tokenizer_path: str = "") -> ml_collections.ConfigDict:
   """Return the transformer's config: 4 layers of 128, 1.2M parameters."""
   config = _common("var", steps=1200, batch_size=32)
   config.tokenizer_path = tokenizer_path
-  config.init_from = ""
+  config.data.token_cache = ""
+  config.progressive = section(ProgressiveConfig)
   config.ema_decay = 0.995
   config.model = section(
     VARConfig,
@@ -261,11 +262,11 @@ def var_config(tokenizer_path: str = "") -> ml_collections.ConfigDict:
 
 
 def _common(kind: str, steps: int, batch_size: int):
-  config = ml_collections.ConfigDict()
-  config.kind, config.seed, config.steps = kind, 0, steps
-  config.data = ml_collections.ConfigDict(
-    dict(source="digits", batch_size=batch_size, transform="jitter", flip=False)
-  )
+  config = run_config(kind)
+  config.steps = steps
+  config.data.source = "digits"
+  config.data.batch_size = batch_size
+  config.data.transform = "jitter"
   config.log_every, config.checkpoint_every = 100, 500
   config.keep_checkpoints = 1
   return config

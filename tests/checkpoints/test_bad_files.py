@@ -386,7 +386,7 @@ WORKDIRS = [
      edit_json(w / "config.json", transformer={
        **json.loads((w / "config.json").read_text())["transformer"],
        "num_classes": 5})),
-   ["class_emb has shape (11, 32), config.json describes (6, 32)"]),
+   ["class_emb has shape (11, 32), the config describes (6, 32)"]),
   ("layers lost, not verified",
    lambda w: (
      (w / STEP / "checksums.json").unlink(),

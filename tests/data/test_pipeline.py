@@ -1,6 +1,9 @@
 """The data clock: step k is a function of (seed, k) and of nothing else."""
 
+import contextlib
+import hashlib
 import itertools
+import struct
 import subprocess
 import sys
 import threading
@@ -8,8 +11,14 @@ import threading
 import numpy as np
 import pytest
 
-from var_jax.data.pipeline import evaluation_batches, training_batches
+from var_jax.data.broken import broken_names
+from var_jax.data.pipeline import (
+  check_first,
+  evaluation_batches,
+  training_batches,
+)
 from var_jax.data.sources import ArraySource
+from var_jax.data.transforms import make_transform, pick_crop
 
 
 def _source(size):
@@ -30,9 +39,8 @@ def _draw(image, rng):
 def _batches(count, size=10, transform=_keep, **options):
   options = {"batch_size": 4, "seed": 0} | options
   iterator = training_batches(_source(size), transform, **options)
-  batches = list(itertools.islice(iterator, count))
-  iterator.close()
-  return batches
+  with contextlib.closing(iterator):
+    return list(itertools.islice(iterator, count))
 
 
 def _assert_equal(left, right):
@@ -48,14 +56,20 @@ def _join(batches, key):
   return np.concatenate([batch[key] for batch in batches])
 
 
-def test_a_batch_is_three_stacked_arrays():
+def test_a_batch_is_stacked_arrays():
   (batch,) = _batches(1)
   assert {key: (a.dtype.name, a.shape) for key, a in batch.items()} == {
     "image": ("uint8", (4, 2, 2, 3)),
     "label": ("int32", (4,)),
     "position": ("int64", (4,)),
+    "index": ("int64", (4,)),
+    "skipped": ("int32", (4,)),
+    "raw_digest": ("uint32", (4, 2)),
+    "digest": ("uint32", (4, 2)),
   }
   np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
+  np.testing.assert_array_equal(batch["index"], batch["label"])
+  assert not batch["skipped"].any()
 
 
 def test_positions_count_on_without_end():
@@ -101,7 +115,9 @@ def test_resumed_equals_uninterrupted(step):
   _assert_equal(resumed, whole[step:])
 
 
-def test_resuming_reads_nothing_before_its_step():
+def _counting(size):
+  """Return a source that counts its reads."""
+
   class Counting(ArraySource):
     reads = 0
 
@@ -109,12 +125,16 @@ def test_resuming_reads_nothing_before_its_step():
       Counting.reads += 1
       return super().__getitem__(i)
 
-  source = Counting(**vars(_source(10)))
+  return Counting(**vars(_source(size)))
+
+
+def test_resuming_reads_nothing_before_its_step():
+  source = _counting(10)
   iterator = training_batches(
     source, _keep, batch_size=4, seed=0, start_step=10**12, threads=0
   )
   assert next(iterator)["position"][0] == 4 * 10**12
-  assert Counting.reads == 4
+  assert source.reads == 4
 
 
 @pytest.mark.parametrize("threads, prefetch", [(0, 0), (1, 3), (8, 16)])
@@ -143,16 +163,189 @@ def test_the_stream_of_seed_zero_is_the_one_that_checkpoints_mean():
   assert batch["image"][:5, 0, 0, 0].tolist() == [170, 37, 93, 81, 43]
 
 
-def test_evaluation_is_one_ordered_pass_that_drops_nothing():
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_rows_of_processes_are_the_parts_of_a_batch(at):
+  options = {"transform": _draw, "batch_size": 6, "start_step": 2}
+  whole = _batches(5, **options)
+  above = _batches(5, rows=slice(0, at), **options)
+  below = _batches(5, rows=slice(at, None), **options)
+  for batch, *parts in zip(whole, above, below, strict=True):
+    assert batch.keys() == parts[0].keys() == parts[1].keys()
+    for key in batch:
+      joined = np.concatenate([part[key] for part in parts])
+      np.testing.assert_array_equal(batch[key], joined)
+
+
+def test_only_the_rows_asked_for_are_read():
+  source = _counting(10)
+  iterator = training_batches(
+    source, _keep, batch_size=8, seed=0, rows=slice(2, 5), threads=0
+  )
+  assert next(iterator)["position"].tolist() == [2, 3, 4]
+  assert source.reads == 3
+
+
+@pytest.mark.parametrize(
+  "rows", [slice(2, 2), slice(3, 5), slice(-1, 3), slice(0, 4, 2), slice(3, 1)]
+)
+def test_rows_outside_of_the_batch_are_refused(rows):
+  with pytest.raises(ValueError, match="are no part of a batch of 4; give"):
+    _batches(1, rows=rows)
+
+
+def test_digests_are_of_shape_label_and_content():
+  (batch,) = _batches(1, transform=_draw)
+  for b in range(4):
+    raw = np.full((2, 2, 3), batch["index"][b], np.uint8)
+    for key, array in (("raw_digest", raw), ("digest", batch["image"][b])):
+      told = struct.pack("<4q", batch["label"][b], *array.shape)
+      oracle = hashlib.blake2b(told + array.tobytes(), digest_size=8).digest()
+      assert batch[key][b].tobytes() == oracle
+
+
+def _tokens(crops):
+  """Return a source of 5 samples whose tokens tell the sample and the crop."""
+  i, c = np.ogrid[:5, :crops]
+  tokens = np.stack([i + 0 * c, c + 0 * i], axis=-1).astype(np.uint16)
+  return TokenSource(tokens)
+
+
+class TokenSource:
+  class_names = tuple("abcde")
+
+  def __init__(self, tokens):
+    self.tokens = tokens
+
+  def __len__(self):
+    return len(self.tokens)
+
+  def __getitem__(self, i):
+    return {"tokens": self.tokens[i], "label": i}
+
+  def name_of(self, i):
+    return f"tokens {i}"
+
+
+def test_one_of_the_crops_of_cached_tokens_is_drawn():
+  source = _tokens(crops=3)
+  iterator = training_batches(source, pick_crop, batch_size=200, seed=0)
+  batch = next(iterator)
+  iterator.close()
+  assert "image" not in batch
+  assert batch["tokens"].dtype == np.uint16 and batch["tokens"].shape == (
+    200,
+    2,
+  )
+  np.testing.assert_array_equal(batch["tokens"][:, 0], batch["index"])
+  # 40 draws a sample: each is missed with probability 3 e^-16.
+  drawn = set(map(tuple, batch["tokens"].tolist()))
+  assert drawn == {(i, c) for i in range(5) for c in range(3)}
+  # The raw digest is of all crops, so a sample has one; the other is of each.
+  assert len(np.unique(batch["raw_digest"], axis=0)) == 5
+  assert len(np.unique(batch["digest"], axis=0)) == 15
+
+
+def test_evaluation_takes_the_first_crop():
+  (batch,) = evaluation_batches(_tokens(crops=3), pick_crop, batch_size=5)
+  assert batch["tokens"].tolist() == [[i, 0] for i in range(5)]
+
+
+def test_evaluation_is_one_ordered_pass_that_is_filled_up():
   batches = list(evaluation_batches(_source(10), _keep, batch_size=4))
-  assert [len(batch["label"]) for batch in batches] == [4, 4, 2]
-  for key in ("label", "position"):
-    np.testing.assert_array_equal(_join(batches, key), np.arange(10))
-  assert {key: a.dtype.name for key, a in batches[0].items()} == {
-    "image": "uint8",
-    "label": "int32",
-    "position": "int64",
+  for key in ("label", "position", "index"):
+    assert _join(batches, key).tolist() == [*range(10), 9, 9]
+  assert _join(batches, "real").tolist() == [True] * 10 + [False] * 2
+  assert {key: (a.dtype.name, len(a)) for key, a in batches[2].items()} == {
+    "image": ("uint8", 4),
+    "label": ("int32", 4),
+    "position": ("int64", 4),
+    "index": ("int64", 4),
+    "skipped": ("int32", 4),
+    "raw_digest": ("uint32", 4),
+    "digest": ("uint32", 4),
+    "real": ("bool", 4),
   }
+
+
+@pytest.mark.parametrize("limit, taken", [(1, 1), (4, 4), (7, 7), (99, 10)])
+def test_evaluation_takes_as_many_as_it_is_told(limit, taken):
+  batches = evaluation_batches(_source(10), _keep, batch_size=4, limit=limit)
+  joined = list(batches)
+  assert len(joined) == -(-taken // 4)
+  real = _join(joined, "real")
+  np.testing.assert_array_equal(_join(joined, "index")[real], range(taken))
+  with pytest.raises(ValueError, match="limit 0 is below 1; use 1 or more"):
+    evaluation_batches(_source(10), _keep, batch_size=4, limit=0)
+
+
+def test_processes_evaluate_each_sample_once():
+  parts = [
+    list(evaluation_batches(_source(10), _keep, batch_size=4, rows=rows))
+    for rows in (slice(0, 1), slice(1, 4))
+  ]
+  # As many steps in each, or they would wait for each other for ever.
+  assert [len(part) for part in parts] == [3, 3]
+  seen = [batch["index"][batch["real"]] for part in parts for batch in part]
+  assert sorted(np.concatenate(seen).tolist()) == list(range(10))
+
+
+def test_evaluation_does_not_count_what_stands_in_for_a_broken_sample():
+  source = broken_source(10, {3, 4, 9})
+  with pytest.raises(ValueError, match=r"x\[3\] is damaged"):
+    list(evaluation_batches(source, _keep, batch_size=5))
+  batches = list(
+    evaluation_batches(source, _keep, batch_size=6, on_broken="skip")
+  )
+  real = _join(batches, "real")
+  assert _join(batches, "index")[real].tolist() == [0, 1, 2, 5, 6, 7, 8]
+
+
+def broken_source(size, broken):
+  """Return a source of which the samples in `broken` are."""
+
+  class Broken(ArraySource):
+    def __getitem__(self, i):
+      if i in broken:
+        raise ValueError(f"{self.name_of(i)} is damaged")
+      return super().__getitem__(i)
+
+  return Broken(**vars(_source(size)) | {"name": "x"})
+
+
+def test_a_broken_sample_changes_its_own_rows_only():
+  source = broken_source(10, {3, 4})
+  options = {"batch_size": 10, "seed": 0}
+  iterator = training_batches(source, _draw, on_broken="skip", **options)
+  batches = list(itertools.islice(iterator, 4))
+  iterator.close()
+  for batch, whole in zip(
+    batches, _batches(4, 10, _draw, **options), strict=True
+  ):
+    wanted = whole["index"]
+    used = np.where((wanted == 3) | (wanted == 4), 5, wanted)
+    np.testing.assert_array_equal(batch["index"], used)
+    np.testing.assert_array_equal(batch["label"], used)
+    np.testing.assert_array_equal(batch["skipped"], used - wanted)
+    # What is drawn for a position is drawn for it whichever sample it gets.
+    np.testing.assert_array_equal(batch["image"], whole["image"])
+    assert broken_names(source, batch) in (
+      ("x[3]", "x[4]"),
+      ("x[4]", "x[3]"),
+    )
+
+
+def test_a_run_fails_at_its_start_when_the_first_image_cannot_be_used():
+  crop = make_transform("crop", (8, 8), train=True, flip=False)
+  message = (
+    r"sample\[\d\]: the image of 2x2 pixels is smaller than the crop of 8x8"
+  )
+  with pytest.raises(ValueError, match=message):
+    check_first(_source(3), crop)
+  with pytest.raises(ValueError, match="3 samples in a row are broken, from"):
+    check_first(_source(3), crop, on_broken="skip")
+  check_first(broken_source(3, {0}), _draw, on_broken="skip")
+  with pytest.raises(ValueError, match=message):
+    _batches(1, transform=crop)
 
 
 def test_evaluation_passes_no_generator():
@@ -164,14 +357,15 @@ def test_evaluation_passes_no_generator():
 
 
 def test_a_closed_iterator_stops_its_threads():
-  before = threading.active_count()
+  before = set(threading.enumerate())
   iterator = training_batches(_source(10), _draw, batch_size=2, seed=0)
   next(iterator)
+  started = set(threading.enumerate()) - before
+  assert started
   iterator.close()
-  for thread in threading.enumerate():
-    if thread.name.startswith("grain-prefetch"):
-      thread.join(timeout=10)
-  assert threading.active_count() <= before
+  for thread in started:
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 def test_an_abandoned_iterator_does_not_hang_the_process():
@@ -203,6 +397,8 @@ def test_an_error_in_a_thread_reaches_the_caller():
     ({"batch_size": 0}, "batch size 0 is below 1; use 1 or more"),
     ({"seed": -1}, "seed -1 is negative; use 0 or more"),
     ({"start_step": -1}, "step -1 is negative; use 0 or more"),
+    ({"workers": -1}, "-1 workers are below 0; use 0 or more"),
+    ({"on_broken": "stop"}, "policy 'stop' for broken images is unknown; use"),
   ],
 )
 def test_bad_numbers_are_refused_before_anything_is_read(options, message):

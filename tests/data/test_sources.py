@@ -1,5 +1,7 @@
 """Sources: what they return, and what they refuse to open."""
 
+import errno
+import pathlib
 import subprocess
 import sys
 
@@ -29,15 +31,20 @@ def test_importing_the_data_folder_loads_no_optional_package():
   code = """
 import sys
 import var_jax.data.pipeline, var_jax.data.sources, var_jax.data.transforms
-loaded = {"grain", "sklearn", "PIL"} & set(sys.modules)
+optional = {"grain", "sklearn", "PIL", "tensorflow_datasets"}
+loaded = optional & set(sys.modules)
 assert not loaded, loaded
 """
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("spec", ["", "cifar", "npz:", "folder", "digits:32"])
+@pytest.mark.parametrize(
+  "spec", ["", "cifar", "npz:", "folder", "digits:32", "tfds:"]
+)
 def test_an_unknown_source_is_refused(spec):
-  with pytest.raises(ValueError, match="use digits, npz:/path or folder:/path"):
+  with pytest.raises(
+    ValueError, match="use digits, npz:/path, folder:/path or tfds:"
+  ):
     open_source(spec, "train")
 
 
@@ -118,6 +125,8 @@ def test_npz_holds_no_validation_split(tmp_path):
     ({"labels": np.zeros((3, 1), int)}, r"labels are int64 \[3, 1\]"),
     ({"labels": np.zeros(2, int)}, "3 images but 2 labels"),
     ({"labels": np.array([0, -1, 1])}, "label -1 is negative"),
+    ({"labels": np.array([2, 2, 2])}, "all labels are 2; a class-conditional"),
+    ({"labels": np.array(["a", "b", "c"])}, r"labels are <U1 \[3\]; save int"),
     ({"class_names": np.array(["a", "b"])}, "do not name label 2; save 3"),
     ({"class_names": np.array(list("abc"), object)}, "cannot be read"),
     (
@@ -174,6 +183,7 @@ def test_folder_labels_are_the_sorted_classes_of_train(tmp_path):
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
 def test_every_image_mode_becomes_rgb(tmp_path, mode):
   _save_image(tmp_path / "train/a/x.png", (255, 255, 255), mode)
+  _save_image(tmp_path / "train/b/x.png")
   image = open_source(f"folder:{tmp_path}", "train")[0]["image"]
   np.testing.assert_array_equal(image, np.full((4, 6, 3), 255))
 
@@ -183,23 +193,64 @@ def test_an_undecodable_file_is_named(tmp_path):
   path = tmp_path / "train/a/cut.png"
   path.write_bytes(path.read_bytes()[:50])
   (tmp_path / "train/a/text.jpg").write_text("no image")
+  _save_image(tmp_path / "train/b/x.png")
   source = open_source(f"folder:{tmp_path}", "train")
   for i, name in enumerate(["cut.png", "text.jpg"]):
+    assert source.name_of(i) == str(tmp_path / "train/a" / name)
     with pytest.raises(ValueError, match=f"{name} cannot be decoded"):
       source[i]
+
+
+def test_more_than_8_bits_are_refused_rather_than_saturated(tmp_path):
+  _save_image(tmp_path / "train/a/x.png")
+  _save_image(tmp_path / "train/b/x.png")
+  deep = Image.fromarray(np.full((4, 6), 1000, np.uint16))
+  deep.save(tmp_path / "train/a/x.png")
+  source = open_source(f"folder:{tmp_path}", "train")
+  with pytest.raises(ValueError, match="x.png has pixels of mode I;16, more"):
+    source[0]
+
+
+def test_a_file_that_is_gone_is_broken_but_failing_storage_is_not(
+  tmp_path, monkeypatch
+):
+  for name in ("a/x.png", "b/x.png"):
+    _save_image(tmp_path / "train" / name)
+  source = open_source(f"folder:{tmp_path}", "train")
+  (tmp_path / "train/a/x.png").unlink()
+  with pytest.raises(ValueError, match="a/x.png cannot be read .No such file"):
+    source[0]
+
+  def fail(path):
+    raise OSError(errno.EIO, "Input/output error", str(path))
+
+  monkeypatch.setattr(pathlib.Path, "read_bytes", fail)
+  with pytest.raises(OSError, match="Input/output error: .*b/x.png"):
+    source[1]
+
+
+def test_samples_in_memory_are_named_by_their_place(tmp_path):
+  assert open_source("digits", "val").name_of(7) == "digits val[7]"
+  spec = _save_npz(tmp_path / "data.npz")
+  assert open_source(spec, "train").name_of(2) == f"{tmp_path}/data.npz[2]"
+
+
+TWO = ["train/a/x.png", "train/b/x.png"]
 
 
 @pytest.mark.parametrize(
   "files, folders, split, message",
   [
     ([], [], "train", "has no train/; put the images in"),
-    (["train/a/x.png"], [], "val", "has no val/; put the images in"),
+    (TWO, [], "val", "has no val/; put the images in"),
     (["val/a/x.png"], [], "val", "has no train/; put the images in"),
     (["train/x.png"], [], "train", "train holds no class"),
-    (["train/a/x.png"], ["val"], "val", "val holds no class"),
-    (["train/a/x.png"], ["train/b"], "train", "train/b holds no image"),
-    (["train/a/x.png"], ["val/a"], "val", "val/a holds no image"),
-    (["train/a/x.png", "val/b/x.png"], [], "val", "val/b is a class that"),
+    (["train/a/x.png"], [], "train", "train holds one class, 'a'; a class-con"),
+    (["train/a/x.png", "val/b/x.png"], [], "val", "train holds one class, 'a'"),
+    (TWO, ["val"], "val", "val holds no class"),
+    (TWO, ["train/c"], "train", "train/c holds no image"),
+    (TWO, ["val/a"], "val", "val/a holds no image"),
+    ([*TWO, "val/c/x.png"], [], "val", "val/c is a class that train/ lacks"),
   ],
 )
 def test_a_bad_folder_is_refused(tmp_path, files, folders, split, message):

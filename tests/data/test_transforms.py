@@ -1,5 +1,7 @@
 """Transforms against plain Pillow, and the laws of augmentation."""
 
+import pickle
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -176,3 +178,42 @@ def test_an_unknown_transform_is_refused():
     ValueError, match="'warp' is unknown; use one of crop, jitter, resize"
   ):
     transforms.make_transform("warp", (8, 8), train=True, flip=False)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", transforms.NAMES)
+def test_only_a_crop_refuses_images_that_it_would_enlarge(name, train):
+  transform = transforms.make_transform(name, (16, 24), train=train, flip=False)
+  refused = {
+    shape: transform.refusal(_noise(*shape))
+    for shape in [(16, 24), (15, 90), (90, 23)]
+  }
+  assert refused[16, 24] is None
+  for (height, width), reason in list(refused.items())[1:]:
+    if name == "crop":
+      assert f"{height}x{width} pixels is smaller than the crop of" in reason
+      assert "16x24; use the transform resize, or remove it" in reason
+    else:
+      assert reason is None
+
+
+@pytest.mark.parametrize("name", transforms.NAMES)
+def test_a_transform_is_the_same_in_another_process(name):
+  transform = transforms.make_transform(name, (16, 16), train=True, flip=True)
+  copy = pickle.loads(pickle.dumps(transform))
+  image = _noise(40, 30)
+  for seed in range(4):
+    np.testing.assert_array_equal(
+      copy(image, np.random.default_rng(seed)),
+      transform(image, np.random.default_rng(seed)),
+    )
+
+
+def test_a_crop_of_tokens_is_drawn_or_the_first():
+  tokens_CL = np.arange(12, dtype=np.uint16).reshape(3, 4)
+  rng = np.random.default_rng(0)
+  drawn = {tuple(transforms.pick_crop(tokens_CL, rng)) for _ in range(60)}
+  assert drawn == set(map(tuple, tokens_CL))
+  np.testing.assert_array_equal(
+    transforms.pick_crop(tokens_CL, None), tokens_CL[0]
+  )

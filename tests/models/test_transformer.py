@@ -292,24 +292,53 @@ def test_future_scales_get_no_gradient(variant):
   )
 
 
+REMATS = ("none", "dots", "full")
+
+
+def total_of(remat, params, key):
+  _, labels_B, inputs_BlZ = arguments("A")
+  var = changed("A", remat=remat, drop_path=0.4)
+  return jnp.sum(var.apply(params, labels_B, inputs_BlZ, key) ** 2)
+
+
 def test_remat_changes_neither_values_nor_gradients():
-  params, labels_B, inputs_BlZ = arguments("A")
-
-  def value_and_grad(remat):
-    var = changed("A", remat=remat, drop_path=0.4)
-
-    @jax.jit
-    @jax.value_and_grad
-    def total(params, key):
-      return jnp.sum(var.apply(params, labels_B, inputs_BlZ, key) ** 2)
-
-    return total(params, jax.random.key(0))
-
-  jax.tree.map(
-    functools.partial(assert_close, tolerance=1e-6),
-    value_and_grad(remat=True),
-    value_and_grad(remat=False),
+  plain, *others = (
+    jax.jit(jax.value_and_grad(functools.partial(total_of, remat)))(
+      arguments("A")[0], jax.random.key(0)
+    )
+    for remat in REMATS
   )
+  for other in others:
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-6), other, plain)
+
+
+def test_remat_keeps_less_for_the_backward_pass():
+  def bytes_kept(remat):
+    """Return the size of what a backward pass is called with."""
+    backward = jax.eval_shape(
+      lambda params, key: jax.vjp(
+        lambda params: total_of(remat, params, key), params
+      )[1],
+      arguments("A")[0],
+      jax.random.key(0),
+    )
+    return sum(
+      leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward)
+    )
+
+  kept, kept_dots, kept_full = map(bytes_kept, REMATS)
+  assert kept_dots < kept / 2
+  assert kept_full < 0.6 * kept_dots
+
+
+@pytest.mark.parametrize("old, new", [(True, "full"), (False, "none")])
+def test_remat_was_a_switch_once(old, new):
+  assert VARConfig(remat=old) == VARConfig(remat=new)
+
+
+def test_an_unknown_remat_is_refused():
+  with pytest.raises(ValueError, match="remat 'all' is not known; use one of"):
+    VARConfig(remat="all")
 
 
 def test_without_a_key_nothing_is_dropped():

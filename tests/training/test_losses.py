@@ -74,6 +74,45 @@ def test_metrics_are_of_all_tokens_and_of_the_last_scale():
   assert metrics["accuracy_mean"] == pytest.approx(right_BL.mean())
   assert metrics["accuracy_tail"] == pytest.approx(right_BL[:, 5:].mean())
   assert right_BL[:, 5:].mean() != right_BL.mean()
+  for s, tokens in enumerate([slice(0, 1), slice(1, 5), slice(5, 11)]):
+    np.testing.assert_allclose(
+      metrics["loss_scale"][str(s)], loss_BL[:, tokens].mean(), rtol=2e-6
+    )
+    assert metrics["accuracy_scale"][str(s)] == pytest.approx(
+      right_BL[:, tokens].mean()
+    )
+  assert len(metrics["loss_scale"]) == len(metrics["accuracy_scale"]) == 3
+
+
+def test_metrics_of_the_first_scales_have_no_tail():
+  logits_BLV, tokens_BL = example()
+  metrics = losses.token_metrics(logits_BLV[:, :5], tokens_BL[:, :5], SCALES)
+  loss_BL = expected_loss(logits_BLV, tokens_BL, 0.0)[:, :5]
+  np.testing.assert_allclose(metrics["loss_mean"], loss_BL.mean(), rtol=2e-6)
+  assert sorted(metrics) == [
+    "accuracy_mean",
+    "accuracy_scale",
+    "loss_mean",
+    "loss_scale",
+  ]
+  assert sorted(metrics["loss_scale"]) == ["0", "1"]
+
+
+def test_samples_that_only_fill_a_batch_are_not_summed():
+  of_samples = {"loss": jnp.array([1.0, jnp.nan, 4.0])}
+  sums = losses.sum_of_real(of_samples, jnp.array([True, False, True]))
+  assert sums == {"loss": 5.0, "count": 2.0}
+
+
+def test_codes_that_are_predicted_often_enough_are_in_use():
+  """As the official trainer counts: more than 0.001/V of the tokens."""
+  logits_BLV = jnp.zeros((2, 2000, 4)).at[..., 1].set(1.0)
+  logits_BLV = logits_BLV.at[0, 0, 2].set(2.0)  # one of 4000
+  logits_BLV = logits_BLV.at[1, 7:9, 3].set(2.0)
+  shares_V = losses.code_shares(logits_BLV)
+  np.testing.assert_allclose(shares_V, [0, 3997 / 4e3, 1 / 4e3, 2 / 4e3])
+  # 0.001 / 4 is one of 4000, which is not more than that.
+  np.testing.assert_allclose(losses.code_use(shares_V), 50.0)
 
 
 def test_dropped_labels_are_unconditional():

@@ -14,11 +14,11 @@ from var_jax.checkpoints import torch_format
 from var_jax.models.scales import SCALES
 from var_jax.models.transformer import VAR, VARConfig
 from var_jax.training import losses, optim
+from var_jax.training.accumulation import mean_over_parts
 from var_jax.training.state import TrainState
 
 assert_close = golden_files.assert_close
 
-# A_ac2 sums the gradients of two steps, which we cannot do yet.
 RUNS = ("A", "A_nofuse", "A_clip4.5", "A_noclip", "B")
 
 
@@ -140,9 +140,8 @@ def loss_and_grads(var, params, labels_B, inputs_BLZ, tokens_BL):
   return jax.value_and_grad(loss_fn)(params)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_five_steps_equal_the_recorded_ones(run):
-  recorded = golden_files.table("optim.json")[run]
+def start(recorded):
+  """Return (VAR, its first state, the recorded run's optimiser settings)."""
   var = VAR(golden_files.VARIANTS[recorded["variant"]])
   params = jax.tree.map(
     jnp.asarray, golden_files.var_params(recorded["variant"])
@@ -157,33 +156,33 @@ def test_five_steps_equal_the_recorded_ones(run):
     weight_decay_end=0.08,
     clip_norm=recorded["grad_clip"],
   )
-  rate, decay = optim.schedules(cfg, steps=10, batch_size=256)
   optimizer = optim.make_optimizer(cfg, steps=10, batch_size=256)
-  update = jax.jit(
-    lambda state, grads: state.apply_gradients(grads, optimizer, 0.0)
-  )
-  state = TrainState.create(params, optimizer, use_ema=False)
-  all_tokens_BL, all_inputs_BLZ = tokens_and_inputs()
-  for step in recorded["steps"]:
-    labels_B = losses.drop_labels(
-      jnp.array(step["labels"]), np.array(step["rand"]) < 0.1
-    )
-    images = np.array(step["images"])
-    loss, grads = loss_and_grads(
-      var, state.params, labels_B, all_inputs_BLZ[images], all_tokens_BL[images]
-    )
-    assert_close(rate(step["it"]), step["lr_max"], tolerance=1e-6)
-    assert_close(decay(step["it"]), step["wd_max"], tolerance=1e-6)
-    assert_close(loss, step["loss"])
-    if step["grad_norm"] is not None:
-      assert_close(optax.tree.norm(grads), step["grad_norm"])
-    state = update(state, grads)
+  return var, TrainState.create(params, optimizer, use_ema=False), cfg
 
-  assert state.step == 5
+
+def batch_of(step):
+  """Return what the transformer sees at a recorded step."""
+  tokens_BL, inputs_BLZ = tokens_and_inputs()
+  dropped_B = np.array(step["rand"]) < 0.1
+  return {
+    "labels": losses.drop_labels(jnp.array(step["labels"]), dropped_B),
+    "inputs": inputs_BLZ[np.array(step["images"])],
+    "tokens": tokens_BL[np.array(step["images"])],
+  }
+
+
+def updating(cfg):
+  optimizer = optim.make_optimizer(cfg, steps=10, batch_size=256)
+  return jax.jit(
+    lambda state, grads: state.apply_gradients(grads, optimizer, 0.0)[0]
+  )
+
+
+def assert_weights_after(run, var, state):
   tensors = golden_files.to_official(
     state.params["params"], torch_format.var_entries(var.cfg)
   )
-  norms = recorded["param_norms_after"]
+  norms = golden_files.table("optim.json")[run]["param_norms_after"]
   assert sorted(norms) == sorted(tensors)
   for name, norm in norms.items():
     ours = np.linalg.norm(tensors[name].astype("f8"))
@@ -193,14 +192,74 @@ def test_five_steps_equal_the_recorded_ones(run):
     for name, tensor in golden_files.arrays("optim.npz").items()
     if name.startswith(f"{run}.")
   }
+  assert expected
   if run == "A":
     assert sorted(expected) == sorted(tensors)
   for name, tensor in expected.items():
     assert_close(tensors[name], tensor)
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_five_steps_equal_the_recorded_ones(run):
+  recorded = golden_files.table("optim.json")[run]
+  var, state, cfg = start(recorded)
+  rate, decay = optim.schedules(cfg, steps=10, batch_size=256)
+  update = updating(cfg)
+  for step in recorded["steps"]:
+    batch = batch_of(step)
+    loss, grads = loss_and_grads(
+      var, state.params, batch["labels"], batch["inputs"], batch["tokens"]
+    )
+    assert_close(rate(step["it"]), step["lr_max"], tolerance=1e-6)
+    assert_close(decay(step["it"]), step["wd_max"], tolerance=1e-6)
+    assert_close(loss, step["loss"])
+    if step["grad_norm"] is not None:
+      assert_close(optax.tree.norm(grads), step["grad_norm"])
+    state = update(state, grads)
+
+  assert state.step == 5
+  assert_weights_after(run, var, state)
+
+
+def test_accumulated_steps_equal_the_recorded_ones():
+  """Two parts of a batch, one update: the mean of the gradients counts.
+
+  The official trainer counts parts and follows the schedules by that count;
+  ours counts updates. Update k is its iteration 2k + 1, so the clock is set
+  to that here.
+  """
+  recorded = golden_files.table("optim.json")["A_ac2"]
+  assert recorded["accumulation"] == 2
+  var, state, cfg = start(recorded)
+  update = updating(cfg)
+
+  @jax.jit
+  def accumulated(params, batch):
+    return mean_over_parts(
+      lambda part, number: loss_and_grads(
+        var, params, part["labels"], part["inputs"], part["tokens"]
+      ),
+      batch,
+      parts=2,
+    )
+
+  for first, second in zip(*[iter(recorded["steps"])] * 2, strict=True):
+    assert (first["stepping"], second["stepping"]) == (False, True)
+    # Part a holds the rows a, a + 2: rows of the two take turns.
+    batch = jax.tree.map(
+      lambda *parts: jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]),
+      batch_of(first),
+      batch_of(second),
+    )
+    loss, grads = accumulated(state.params, batch)
+    assert_close(loss, (first["loss"] + second["loss"]) / 2)
+    assert_close(optax.tree.norm(grads), second["grad_norm"])
+    state = update(state.replace(step=jnp.int32(second["it"])), grads)
+  assert_weights_after("A_ac2", var, state)
+
+
 def test_every_recorded_run_is_followed():
-  # eval_ep belongs to the transformer's tests.
+  # eval_ep belongs to the tests of the transformer and of its step.
   table = golden_files.table("optim.json")
   assert set(table) == {*RUNS, "A_ac2", "eval_ep"}
   for name in golden_files.arrays("optim.npz"):
@@ -212,7 +271,7 @@ def test_a_gradient_longer_than_the_limit_is_cut_to_it():
   cfg = optim.OptimizerConfig(clip_norm=2.0)
   chain = optim.make_optimizer(cfg, steps=10, batch_size=256)
   grads = {"kernel": jnp.array([3.0, 4.0, 0.0, 0.0])}
-  _, state = chain.update(grads, chain.init(params), params)
+  _, state = chain.update(grads, chain.init(params), params, step=0)
   moments = [s for s in jax.tree.leaves(state) if np.shape(s) == (4,)]
   # The first moment is (1 - b1) of the gradient.
   np.testing.assert_allclose(

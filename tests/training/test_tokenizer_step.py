@@ -1,7 +1,8 @@
-"""Tokenizer training: code counts, revival of dead codes."""
+"""Tokenizer training: code counts, revival, parts, refused steps."""
 
 import functools
 
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,8 @@ CFG = TokenizerConfig(
   scales=(1, 2),
 )
 TOKENIZER = Tokenizer(CFG)
+# Here a program takes longer to compile than to run.
+QUICK = {"xla_backend_optimization_level": 0}
 LOSS = tokenizer_step.TokenizerLossConfig(revive_every=1, revive_below=0.5)
 
 
@@ -39,9 +42,10 @@ def revived(hits_SV, step):
   state = TrainState.create(
     params(), optax.sgd(0.1), use_ema=False, code_hits_SV=hits_SV
   ).replace(step=jnp.int32(step))
-  return jax.jit(tokenizer_step._revive, static_argnums=(0, 1))(
-    TOKENIZER, LOSS, state, images(), jax.random.key(2)
+  revive = jax.jit(
+    tokenizer_step._revive, static_argnums=(0, 1), compiler_options=QUICK
   )
+  return revive(TOKENIZER, LOSS, state, images(), jax.random.key(2))
 
 
 def wanted_vectors():
@@ -89,24 +93,91 @@ def test_even_use_is_full_use():
   np.testing.assert_array_equal(usage, [100.0, 100.0])
 
 
-def test_the_first_step_counts_as_it_is_and_learns():
-  optimizer = optax.adam(1e-2)
-  step = jax.jit(
+SCHEDULES = (lambda step: 0.5, lambda step: 0.25)
+
+
+@functools.cache
+def step_of(revive_every=0, accumulate=1):
+  return jax.jit(
     tokenizer_step.make_step(
       TOKENIZER,
-      optimizer,
-      tokenizer_step.TokenizerLossConfig(),
-      ema_decay=0.0,
+      optax.adam(1e-2),
+      tokenizer_step.TokenizerLossConfig(revive_every=revive_every),
+      ema_decay=0.9,
       seed=0,
-    )
+      accumulate=accumulate,
+      schedules=SCHEDULES,
+    ),
+    compiler_options=QUICK,
   )
-  state = TrainState.create(
-    params(), optimizer, use_ema=False, code_hits_SV=jnp.zeros((2, 16))
+
+
+def fresh():
+  return TrainState.create(
+    params(), optax.adam(1e-2), use_ema=True, code_hits_SV=jnp.zeros((2, 16))
   )
-  batch = {"image": np.uint8((np.asarray(images()) + 1) * 127.5)}
-  state, first = step(state, batch)
+
+
+def batch():
+  return {"image": np.uint8((np.asarray(images()) + 1) * 127.5)}
+
+
+def test_the_first_step_counts_as_it_is_and_learns():
+  state, first = step_of()(fresh(), batch())
   np.testing.assert_array_equal(state.code_hits_SV.sum(axis=1), [8.0, 32.0])
   for _ in range(20):
-    state, last = step(state, batch)
+    state, last = step_of()(state, batch())
   assert last["l2"] < first["l2"]
   assert int(state.step) == 21
+
+
+def test_a_step_in_parts_equals_one_in_one_piece():
+  whole, expected = step_of()(fresh(), batch())
+  state, metrics = step_of(accumulate=4)(fresh(), batch())
+  # Adam's first step is the sign of a gradient: compare the moments.
+  for actual, wanted in (
+    (state.opt_state, whole.opt_state),
+    (metrics, expected),
+    (state.code_hits_SV, whole.code_hits_SV),
+  ):
+    jax.tree.map(golden_files.assert_close, actual, wanted)
+
+
+def test_a_refused_step_leaves_no_trace():
+  """Neither counted nor revived codes, though it is time to revive."""
+  broken = jax.tree.map(jnp.copy, fresh().params)
+  broken["params"]["post_quant_conv"]["bias"] *= jnp.nan
+  state = fresh().replace(params=broken)
+  after, metrics = step_of(revive_every=1)(state, batch())
+  assert metrics["skipped"] == 1.0
+  jax.tree.map(
+    np.testing.assert_array_equal, after, state.replace(step=jnp.int32(1))
+  )
+
+
+def test_what_a_step_reports():
+  _, metrics = step_of()(fresh(), batch())
+  assert sorted(metrics) == [
+    "code_usage", "grad_norm", "l2", "learning_rate", "loss", "psnr",
+    "quantizer_loss", "residual_energy", "skipped", "update_norm",
+    "weight_decay",
+  ]  # fmt: skip
+  assert (metrics["learning_rate"], metrics["weight_decay"]) == (0.5, 0.25)
+  assert all(np.shape(x) == () for x in jax.tree.leaves(metrics))
+
+
+def test_an_evaluation_sums_measures_of_real_images():
+  shown = batch() | {"real": np.arange(8) < 5}
+  sums = jax.jit(tokenizer_step.make_eval_step(TOKENIZER))(params(), shown)
+  assert sums["count"] == 5
+  image_BHW3 = np.float32(shown["image"][:5] / 127.5 - 1.0)
+  reconstruction_BHW3, quantized = jax.jit(TOKENIZER.apply)(
+    params(), image_BHW3
+  )
+  l2_B = np.square(reconstruction_BHW3 - image_BHW3).mean(axis=(1, 2, 3))
+  np.testing.assert_allclose(sums["l2"], l2_B.sum(), rtol=1e-5)
+  np.testing.assert_allclose(
+    sums["quantizer_loss"], 5 * quantized.loss, rtol=1e-5
+  )
+  expected = np.sum(10 * np.log10(4 / l2_B))
+  np.testing.assert_allclose(sums["psnr"], expected, rtol=1e-5)

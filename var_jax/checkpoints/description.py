@@ -82,8 +82,18 @@ def architecture_digest(folder: epath.PathLike) -> str | None:
   if not path.exists():
     return None
   content = files.read_json(path)
-  parts = [content.get("tokenizer"), content.get("transformer")]
+  parts = [
+    {k: v for k, v in (content.get(kind) or {}).items() if k not in _TRAINING}
+    for kind in ("tokenizer", "transformer")
+  ]
   return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# Fields that training alone heeds: a run may go on with others.
+_TRAINING = {
+  "dropout", "drop_path", "remat", "dtype", "beta",
+  "init_head", "init_adaln", "init_adaln_gamma",
+}  # fmt: skip
 
 
 def _is_dict(value) -> bool:

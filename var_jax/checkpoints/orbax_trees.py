@@ -34,7 +34,8 @@ def check_shapes(item: epath.Path, abstract) -> None:
     if there != here:
       raise ValueError(
         f"checkpoint {item.parent} cannot be read: {path} has shape {there}, "
-        f"config.json describes {here}; restore config.json from a copy."
+        f"the config describes {here}; restore config.json from a copy, or "
+        "train with the config that it is of."
       )
 
 

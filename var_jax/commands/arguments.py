@@ -34,6 +34,12 @@ def count(text: str) -> int:
   return int(text)
 
 
+def step(text: str) -> int:
+  if not text.isdigit() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a step; they start at 1")
+  return int(text)
+
+
 def seed(text: str) -> int:
   if not text.isdigit() or int(text) >= 2**32:
     raise argparse.ArgumentTypeError(f"{text!r} is not in 0..2^32-1")

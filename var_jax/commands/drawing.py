@@ -1,6 +1,9 @@
 """`var-jax sample` and `var-jax edit`."""
 
-from var_jax.commands.arguments import box, count, integers, seed
+import difflib
+from collections.abc import Sequence
+
+from var_jax.commands.arguments import UsageError, box, count, seed
 
 
 def add(commands) -> None:
@@ -9,9 +12,8 @@ def add(commands) -> None:
   sample.add_argument("--checkpoint", required=True, help="a workdir")
   sample.add_argument(
     "--labels",
-    type=integers,
     required=True,
-    help="3,7; unconditional is -1, as in --labels=-1,3",
+    help="3,7 or names of classes; unconditional is -1, as in --labels=-1,3",
   )
   sample.add_argument("--count", type=count, default=4, help="a label")
   sample.add_argument("--output", required=True, help="a .png file")
@@ -53,7 +55,8 @@ def _sample(args) -> None:
 
   images.check_output(args.output)
   model = api.load(args.checkpoint)
-  labels = np.repeat(args.labels, args.count)
+  asked = labels_of(args.labels, model.class_names)
+  labels = np.repeat(asked, args.count)
   draw = (labels, jax.random.key(args.seed))
   if args.show_scales:
     previews = [p.preview_BHW3 for p in model.stream(*draw, **_drawing(args))]
@@ -62,9 +65,32 @@ def _sample(args) -> None:
   else:
     pixels = images.to_uint8(model.sample(*draw, **_drawing(args)).images_BHW3)
     rows = pixels.reshape(-1, args.count, *pixels.shape[1:])
-    names = [str(label) for label in args.labels]
+    names = [str(label) for label in asked]
   images.write_image(args.output, images.grid(rows, names))
   print(f"wrote {len(labels)} images to {args.output}")
+
+
+def labels_of(text: str, class_names: Sequence[str]) -> list[int]:
+  """Return the labels of "3,7" or "cat,dog".
+
+  Raises:
+    UsageError: one is neither a number nor the name of a class.
+  """
+  labels = []
+  for part in text.split(","):
+    name = part.strip()
+    if name in class_names:
+      labels.append(class_names.index(name))
+      continue
+    try:
+      labels.append(int(name))
+    except ValueError:
+      near = difflib.get_close_matches(name, class_names) or class_names[:5]
+      names = f", or a class like {', '.join(near)}" if near else ""
+      raise UsageError(
+        f"--labels: {name!r} is not a label; give numbers like 3,7{names}."
+      ) from None
+  return labels
 
 
 def _edit(args) -> None:

@@ -1,11 +1,13 @@
-"""`var-jax demo` and `var-jax train`."""
+"""`var-jax demo`, `var-jax train` and `var-jax replay`."""
 
 import difflib
 import pathlib
 import runpy
+import signal
+import sys
 from collections.abc import Sequence
 
-from var_jax.commands.arguments import UsageError
+from var_jax.commands.arguments import UsageError, step
 
 
 def add(commands) -> None:
@@ -20,7 +22,7 @@ def add(commands) -> None:
     "train",
     help="train a tokenizer or a transformer",
     usage="var-jax train --config FILE.py[:PRESET] --workdir DIR "
-    "[--config.a.b=value ...]",
+    "[--allow-config-change] [--config.a.b=value ...]",
   )
   train.add_argument(
     "--config", required=True, help="configs/var.py:d16, for example"
@@ -28,7 +30,24 @@ def add(commands) -> None:
   train.add_argument(
     "--workdir", required=True, help="created, or resumed from"
   )
+  train.add_argument(
+    "--allow-config-change",
+    action="store_true",
+    help="go on in a workdir of another config",
+  )
   train.set_defaults(run=_train)
+
+  replay = commands.add_parser(
+    "replay", help="take steps of a run again and compare with its ledger"
+  )
+  replay.add_argument("--workdir", required=True, help="of the run")
+  replay.add_argument(
+    "--from", dest="first", type=step, required=True, help="a step, from 1"
+  )
+  replay.add_argument(
+    "--to", dest="last", type=step, required=True, help="a step"
+  )
+  replay.set_defaults(run=_replay)
 
 
 def _demo(args) -> None:
@@ -37,10 +56,40 @@ def _demo(args) -> None:
   demo.run(args.workdir)
 
 
-def _train(args) -> None:
+def _train(args) -> int:
   from var_jax.training import loop
+  from var_jax.training.preemption import Preempted
 
-  loop.train(read_config(args.config, args.overrides), args.workdir)
+  config = read_config(args.config, args.overrides)
+  try:
+    loop.train(
+      config, args.workdir, allow_config_change=args.allow_config_change
+    )
+  except Preempted as stopped:
+    print(f"var-jax: {stopped}", file=sys.stderr)
+    return 128 + signal.SIGTERM
+  return 0
+
+
+def _replay(args) -> None:
+  from var_jax.training.replay import Replay
+
+  replay = Replay(args.workdir, args.first, args.last)
+  for cause in replay.causes:
+    print(f"not as it was: {cause}")
+  wrong = []
+  for verdict in replay.verdicts():
+    if verdict.differs:
+      wrong.append(verdict)
+    print(f"step {verdict.step}: {'; '.join(verdict.differs) or 'equal'}")
+  if wrong:
+    first = wrong[0]
+    causes = "; ".join(replay.causes) or first.differs[0]
+    raise ValueError(
+      f"{len(wrong)} of {args.last - args.first + 1} steps differ, the first "
+      f"is step {first.step} (record {first.number} of the ledger): {causes}."
+    )
+  print(f"steps {args.first}..{args.last} are equal, bit for bit")
 
 
 def read_config(config: str, overrides: Sequence[str]):

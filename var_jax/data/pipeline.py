@@ -1,4 +1,4 @@
-"""Batches of images: the data clock.
+"""Batches of images or tokens: the data clock.
 
 A sample index is a position in one seeded, infinite, epoch-wise permuted
 stream. Step k with global batch B takes the positions kB .. kB+B-1, so batches
@@ -6,15 +6,28 @@ straddle epochs, and augmentation is drawn from (seed, position). Nothing
 depends on the number of processes or threads: step k is a function of
 (seed, k), and the state of the data in a checkpoint is one integer.
 
-A batch is {"image": uint8 [B, H, W, 3], "label": int32 [B],
-"position": int64 [B]}.
+A batch has b rows, those of the global batch that this process makes:
+
+  image       uint8 [b, H, W, 3], or tokens uint16 [b, L] of a token source
+  label       int32 [b]
+  position    int64 [b]
+  index       int64 [b]      in the source, of the sample that was used
+  skipped     int32 [b]      broken ones that were passed over before it
+  raw_digest  uint32 [b, 2]  of the sample as the source gave it
+  digest      uint32 [b, 2]  of what the model gets
 """
 
+import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from var_jax.data import processes
+from var_jax.data.broken import Tolerant
+from var_jax.data.digests import sample_digest
 from var_jax.data.sources import Source
 from var_jax.data.transforms import Transform
 
@@ -30,65 +43,175 @@ def training_batches(
   batch_size: int,
   seed: int,
   start_step: int = 0,
-  threads: int = THREADS,
-  prefetch: int = THREADS,
+  rows: slice | None = None,
+  on_broken: str = "fail",
+  workers: int = 0,
+  threads: int | None = None,
+  prefetch: int | None = None,
 ) -> Iterator[Batch]:
   """Return the batches of steps start_step, start_step + 1, ... without end.
 
   Nothing before `start_step` is read. The iterator's close() drops what is
-  queued; without it the interpreter finishes the queue before it exits.
+  queued and ends the worker processes. With workers, a script must start
+  under `if __name__ == "__main__":`.
 
   Args:
-    threads: each makes a whole batch at a time; 0 works in the caller.
-    prefetch: batches made ahead and held in memory; at least `threads`.
+    batch_size: of the global batch.
+    rows: what this process makes of each global batch; None makes it all.
+    on_broken: "fail" or "skip", as in `broken.Tolerant`.
+    workers: processes that make the batches, whole ones in turn; 0 makes them
+      in threads of this process.
+    threads: in each process, each makes a whole batch at a time; 0 works in
+      the caller or worker. THREADS unless there are workers, else 0.
+    prefetch: batches made ahead and held in memory; at least `threads`. THREADS
+      unless there are workers, else two a worker.
   """
   import grain
 
-  _check(batch_size >= 1, f"batch size {batch_size} is below 1; use 1 or more.")
+  span = _rows(rows, batch_size)
   _check(seed >= 0, f"seed {seed} is negative; use 0 or more.")
   _check(start_step >= 0, f"step {start_step} is negative; use 0 or more.")
-
-  def augment(sample, rng):
-    return sample | {"image": transform(sample["image"], rng)}
+  _check(workers >= 0, f"{workers} workers are below 0; use 0 or more.")
+  if threads is None:
+    threads = 0 if workers else THREADS
+  if prefetch is None:
+    prefetch = 2 * workers or max(threads, THREADS)
 
   # Grain derives the seeds of shuffle and random_map from their depth below
   # seed(): a node added between them changes the stream of every run.
-  batches = (
-    grain.MapDataset.source(source)
+  samples = (
+    grain.MapDataset.source(_tolerant(source, transform, on_broken))
     .seed(seed)
     .shuffle()
     .repeat()
     .map_with_index(_stamp)
-    .random_map(augment)
-    .batch(batch_size)
+    .random_map(functools.partial(_apply, transform))
   )
-  options = grain.ReadOptions(threads, prefetch)
-  return iter(batches[start_step:].to_iter_dataset(options))
+  steps = grain.MapDataset.range(start_step, sys.maxsize // batch_size)
+  batches = steps.map(_MakeBatch(samples, batch_size, span))
+  if workers:
+    return processes.iterate(batches, workers, threads, prefetch)
+  return iter(batches.to_iter_dataset(grain.ReadOptions(threads, prefetch)))
 
 
 def evaluation_batches(
-  source: Source, transform: Transform, *, batch_size: int
+  source: Source,
+  transform: Transform,
+  *,
+  batch_size: int,
+  rows: slice | None = None,
+  limit: int | None = None,
+  on_broken: str = "fail",
 ) -> Iterator[Batch]:
-  """Return every sample once, in order; the last batch may be smaller."""
+  """Return every sample once, in order, in batches of one size.
+
+  A batch also has `real`, bool [b]: False on the rows that fill up the last
+  batch with its last sample, and on those that stand in for a broken one.
+
+  Args:
+    batch_size: of the global batch.
+    rows: what this process makes of each global batch; None makes it all.
+    limit: how many samples, the first ones; None takes them all.
+    on_broken: "fail" or "skip", as in `broken.Tolerant`.
+  """
   import grain
 
-  _check(batch_size >= 1, f"batch size {batch_size} is below 1; use 1 or more.")
+  span = _rows(rows, batch_size)
+  size = len(source)
+  if limit is not None:
+    _check(limit >= 1, f"limit {limit} is below 1; use 1 or more.")
+    size = min(size, limit)
+  samples = (
+    grain.MapDataset.source(_tolerant(source, transform, on_broken))
+    .map_with_index(_stamp)
+    .map(functools.partial(_apply, transform, rng=None))
+  )
+  steps = grain.MapDataset.range(-(-size // batch_size))
+  batches = steps.map(_MakeBatch(samples, batch_size, span, size))
+  return iter(batches.to_iter_dataset(grain.ReadOptions(THREADS, THREADS)))
 
-  def place(position, sample):
-    image = transform(sample["image"], None)
-    return _stamp(position, sample | {"image": image})
 
-  batches = grain.MapDataset.source(source).map_with_index(place)
-  options = grain.ReadOptions(THREADS, THREADS)
-  return iter(batches.batch(batch_size).to_iter_dataset(options))
+def check_first(
+  source: Source, transform: Transform, on_broken: str = "fail"
+) -> None:
+  """Read and transform the first sample, so that a run fails at its start.
+
+  Raises:
+    ValueError: it cannot be used, or with "skip" no sample that follows.
+  """
+  sample = _tolerant(source, transform, on_broken)[0]
+  _apply(transform, _stamp(0, sample), np.random.default_rng(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeBatch:
+  """Makes this process's rows of the global batch of a step.
+
+  Args:
+    samples: by position.
+    size: after which positions repeat the last sample; None is endless.
+  """
+
+  samples: Sequence[dict]
+  batch_size: int
+  rows: range
+  size: int | None = None
+
+  def __call__(self, step: int) -> Batch:
+    position_B = np.array([step * self.batch_size + r for r in self.rows])
+    used = position_B.tolist()
+    if self.size is not None:
+      used = [min(position, self.size - 1) for position in used]
+    made = {position: self.samples[position] for position in set(used)}
+    samples = [made[position] for position in used]
+    batch = {
+      key: np.stack([sample[key] for sample in samples]) for key in samples[0]
+    }
+    if self.size is not None:
+      batch["real"] = (position_B < self.size) & (batch["skipped"] == 0)
+    return batch
+
+
+def _tolerant(source: Source, transform: Transform, on_broken: str) -> Tolerant:
+  return Tolerant(source, on_broken, getattr(transform, "refusal", None))
 
 
 def _stamp(position: int, sample: dict) -> dict:
+  key = _content(sample)
   return {
-    "image": sample["image"],
+    key: sample[key],
     "label": np.int32(sample["label"]),
     "position": np.int64(position),
+    "index": np.int64(sample["index"]),
+    "skipped": np.int32(sample["skipped"]),
+    "raw_digest": sample_digest(sample[key], sample["label"]),
   }
+
+
+def _apply(
+  transform: Transform, sample: dict, rng: np.random.Generator | None
+) -> dict:
+  key = _content(sample)
+  array = transform(sample[key], rng)
+  return sample | {key: array, "digest": sample_digest(array, sample["label"])}
+
+
+def _content(sample: dict) -> str:
+  return "tokens" if "tokens" in sample else "image"
+
+
+def _rows(rows: slice | None, batch_size: int) -> range:
+  """Return the rows of a global batch that `rows` means."""
+  _check(batch_size >= 1, f"batch size {batch_size} is below 1; use 1 or more.")
+  if rows is None:
+    return range(batch_size)
+  span = range(rows.start or 0, batch_size if rows.stop is None else rows.stop)
+  _check(
+    0 <= span.start < span.stop <= batch_size and rows.step in (None, 1),
+    f"rows {span.start}..{span.stop} are no part of a batch of {batch_size}; "
+    "give a slice of it that is not empty.",
+  )
+  return span
 
 
 def _check(holds: bool, message: str):

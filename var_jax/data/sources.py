@@ -5,12 +5,12 @@ A source is named by a string, so that a config can hold it:
   digits         the digits that scikit-learn ships, at 32x32
   npz:/path      one file with arrays `images` and `labels`
   folder:/path   train/<class>/* and val/<class>/*
+  tfds:name      name[/config][:version] of TensorFlow Datasets, on disk
 
-All checks happen on opening; only decoding a file can fail later.
+All checks happen on opening; only decoding an image can fail later.
 """
 
 import dataclasses
-import os
 import pathlib
 import zipfile
 import zlib
@@ -18,8 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
+from var_jax.data.folder import open_folder
+from var_jax.data.tfds_source import open_tfds
 
 # More than that is a mistake in the labels, not a dataset.
 MAX_CLASSES = 1_000_000
@@ -34,6 +34,10 @@ class Source(Protocol):
 
   def __getitem__(self, i: int) -> dict: ...
 
+  def name_of(self, i: int) -> str:
+    """Return what a user would look for to find sample i."""
+    ...
+
 
 def open_source(spec: str, split: str) -> Source:
   """Open one split, "train" or "val", of the source that `spec` names."""
@@ -45,9 +49,12 @@ def open_source(spec: str, split: str) -> Source:
   if kind == "npz" and path:
     return _open_npz(pathlib.Path(path).expanduser(), split)
   if kind == "folder" and path:
-    return _open_folder(pathlib.Path(path).expanduser(), split)
+    return open_folder(pathlib.Path(path).expanduser(), split)
+  if kind == "tfds" and path:
+    return open_tfds(path, split)
   raise ValueError(
-    f"data source {spec!r} is unknown; use digits, npz:/path or folder:/path."
+    f"data source {spec!r} is unknown; use digits, npz:/path, folder:/path or "
+    "tfds:name."
   )
 
 
@@ -58,43 +65,19 @@ class ArraySource:
   images: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
+  name: str = "sample"
 
   def __len__(self) -> int:
     return len(self.images)
+
+  def name_of(self, i: int) -> str:
+    return f"{self.name}[{i}]"
 
   def __getitem__(self, i: int) -> dict:
     image = self.images[i]
     if image.ndim == 2:
       image = np.repeat(image[:, :, None], 3, axis=2)
     return {"image": image, "label": int(self.labels[i])}
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderSource:
-  """Image files, decoded on access."""
-
-  paths: tuple[str, ...]
-  labels: np.ndarray
-  class_names: tuple[str, ...]
-
-  def __len__(self) -> int:
-    return len(self.paths)
-
-  def __getitem__(self, i: int) -> dict:
-    return {"image": _decode(self.paths[i]), "label": int(self.labels[i])}
-
-
-def _decode(path: str) -> np.ndarray:
-  from PIL import Image
-
-  try:
-    with Image.open(path) as image:
-      return np.asarray(image.convert("RGB"))
-  except Exception as error:  # Pillow's decoders share no base class.
-    raise ValueError(
-      f"{path} cannot be decoded ({type(error).__name__}); "
-      "repair or remove the file."
-    ) from error
 
 
 def _open_digits(split: str) -> ArraySource:
@@ -121,6 +104,7 @@ def _open_digits(split: str) -> ArraySource:
     images=np.stack(images),
     labels=digits.target[chosen],
     class_names=tuple(str(name) for name in digits.target_names),
+    name=f"digits {split}",
   )
 
 
@@ -163,6 +147,11 @@ def _open_npz(path: pathlib.Path, split: str) -> ArraySource:
     raise ValueError(
       f"{path}: label {labels.min()} is negative; count classes from 0."
     )
+  if labels.min() == labels.max():
+    raise ValueError(
+      f"{path}: all labels are {labels[0]}; a class-conditional model needs "
+      "two classes or more."
+    )
   num_classes = int(labels.max()) + 1
   if num_classes > MAX_CLASSES:
     raise ValueError(
@@ -175,7 +164,8 @@ def _open_npz(path: pathlib.Path, split: str) -> ArraySource:
       f"{path}: class_names {list(names.shape)} do not name label "
       f"{num_classes - 1}; save {num_classes} names or more."
     )
-  return ArraySource(images, labels, tuple(str(name) for name in names))
+  class_names = tuple(str(name) for name in names)
+  return ArraySource(images, labels, class_names, str(path))
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -190,53 +180,3 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise ValueError(
       f"{path} cannot be read ({error}); write it with numpy.savez."
     ) from error
-
-
-def _open_folder(path: pathlib.Path, split: str) -> FolderSource:
-  # Labels come from train/ in both splits, so that they agree.
-  class_names = _class_names(path, "train")
-  split_names = _class_names(path, split)
-  unknown = sorted(set(split_names) - set(class_names))
-  if unknown:
-    raise ValueError(
-      f"{path / split / unknown[0]} is a class that train/ lacks; "
-      "add it there or remove it here."
-    )
-  paths, labels = [], []
-  for name in split_names:
-    found = _image_paths(path / split / name)
-    paths += found
-    labels += [class_names.index(name)] * len(found)
-  return FolderSource(tuple(paths), np.array(labels, np.int32), class_names)
-
-
-def _class_names(path: pathlib.Path, split: str) -> tuple[str, ...]:
-  if not path.is_dir():
-    raise ValueError(
-      f"{path} is not a directory; give one that holds train/ and val/."
-    )
-  if not (path / split).is_dir():
-    raise ValueError(
-      f"{path} has no {split}/; put the images in {split}/<class>/."
-    )
-  with os.scandir(path / split) as entries:
-    names = [e.name for e in entries if e.is_dir() and e.name[0] != "."]
-  if not names:
-    raise ValueError(
-      f"{path / split} holds no class; put the images in {split}/<class>/."
-    )
-  return tuple(sorted(names))
-
-
-def _image_paths(path: pathlib.Path) -> list[str]:
-  with os.scandir(path) as entries:
-    paths = [
-      entry.path
-      for entry in entries
-      if entry.name.lower().endswith(EXTENSIONS) and entry.name[0] != "."
-    ]
-  if not paths:
-    raise ValueError(
-      f"{path} holds no image; add {', '.join(EXTENSIONS)} files or remove it."
-    )
-  return sorted(paths)

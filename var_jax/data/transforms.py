@@ -4,6 +4,7 @@ Random functions take their generator as an argument and draw from nothing
 else, so that an augmented image is a function of (seed, position).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -11,24 +12,61 @@ import numpy as np
 
 NAMES = ("crop", "jitter", "resize")
 
+# Also of tokens, uint16 [crops, L] -> uint16 [L].
 Transform = Callable[[np.ndarray, np.random.Generator | None], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTransform:
+  """A transform to `shape` by name, without chance if not `train`."""
+
+  name: str
+  shape: tuple[int, int]
+  train: bool
+  flip: bool
+
+  def __post_init__(self):
+    if self.name not in NAMES:
+      raise ValueError(
+        f"transform {self.name!r} is unknown; use one of {', '.join(NAMES)}."
+      )
+
+  def __call__(
+    self, image: np.ndarray, rng: np.random.Generator | None
+  ) -> np.ndarray:
+    if not self.train:
+      plain = center_crop if self.name == "crop" else resize
+      return plain(image, self.shape)
+    if self.name == "resize":
+      return resize(_mirror(image, rng, self.flip), self.shape)
+    augment = random_crop if self.name == "crop" else jitter
+    return augment(image, self.shape, rng, flip=self.flip)
+
+  def refusal(self, image: np.ndarray) -> str | None:
+    """Return why the image cannot be used, or None if it can."""
+    height, width = image.shape[:2]
+    h, w = self.shape
+    # VAR: it would be enlarged in silence.
+    if self.name == "crop" and (height < h or width < w):
+      return (
+        f"the image of {height}x{width} pixels is smaller than the crop of "
+        f"{h}x{w}; use the transform resize, or remove it."
+      )
+    return None
 
 
 def make_transform(
   name: str, shape: tuple[int, int], *, train: bool, flip: bool
-) -> Transform:
+) -> ImageTransform:
   """Return the transform `name` to `shape`, without chance if not `train`."""
-  if name not in NAMES:
-    raise ValueError(
-      f"transform {name!r} is unknown; use one of {', '.join(NAMES)}."
-    )
-  if not train:
-    plain = center_crop if name == "crop" else resize
-    return lambda image, rng: plain(image, shape)
-  if name == "resize":
-    return lambda image, rng: resize(_mirror(image, rng, flip), shape)
-  augment = random_crop if name == "crop" else jitter
-  return lambda image, rng: augment(image, shape, rng, flip=flip)
+  return ImageTransform(name, tuple(shape), train, flip)
+
+
+def pick_crop(
+  tokens_CL: np.ndarray, rng: np.random.Generator | None
+) -> np.ndarray:
+  """Return one of the C crops of an image, the first without a generator."""
+  return tokens_CL[0 if rng is None else rng.integers(len(tokens_CL))]
 
 
 def random_crop(

@@ -22,6 +22,14 @@ from var_jax.models.scales import SCALES, ScaleSchedule, Size
 
 constrain = nn.with_logical_constraint
 
+# What the forward pass keeps of a layer: all, the results of the projections
+# (attention and everything elementwise is computed again), its input only.
+REMAT_POLICIES = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class VARConfig:
@@ -43,11 +51,18 @@ class VARConfig:
   init_head: float = 0.02
   init_adaln: float = 0.5
   init_adaln_gamma: float = 1e-3
-  remat: bool = False
+  remat: str = "none"  # what the backward pass computes again: none|dots|full
   dtype: str = "float32"  # of matmul inputs; parameters are float32
 
   def __post_init__(self):
     object.__setattr__(self, "scales", self.schedule.sizes)
+    if isinstance(self.remat, bool):  # written before there was a choice
+      object.__setattr__(self, "remat", "full" if self.remat else "none")
+    if self.remat not in REMAT_POLICIES:
+      raise ValueError(
+        f"remat {self.remat!r} is not known; use one of "
+        f"{', '.join(REMAT_POLICIES)}."
+      )
     for name in ("depth", "width", "heads", "num_classes", "vocab_size"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} {getattr(self, name)} is below 1; use more.")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from var_jax.models import layers
 from var_jax.models.blocks import (
+  REMAT_POLICIES,
   AdaLinear,
   Block,
   LayerNoise,
@@ -80,7 +81,10 @@ class VAR(nn.Module):
       )
     else:
       self.ada = _over_layers(AdaLinear, cfg)(cfg, gains)
-    block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
+    block = Block
+    if cfg.remat != "none":
+      policy = REMAT_POLICIES[cfg.remat]
+      block = nn.remat(Block, prevent_cse=False, policy=policy)
     self.blocks = _over_layers(block, cfg)(cfg, self.attend)
 
   def __call__(

@@ -1,6 +1,7 @@
 """What a config must say, and whether a workdir is of the same one."""
 
 import json
+import os
 from typing import Any
 
 import ml_collections
@@ -8,9 +9,14 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from var_jax.checkpoints.description import Description
+from var_jax.training.config import run_config
 
 # Settings that change neither the weights nor the order of the data.
-FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints")
+FREE_KEYS = (
+  "log_every", "ledger_every", "eval_every", "eval_samples", "pictures",
+  "checkpoint_every", "keep_checkpoints", "keep_best", "keep_every",
+  "data.eval_source", "data.workers",
+)  # fmt: skip
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -18,15 +24,12 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return json.loads(config.to_json())
 
 
-_REQUIRED = (
-  "kind", "seed", "steps", "ema_decay", "log_every", "checkpoint_every",
-  "keep_checkpoints", "init_from", "data", "model", "loss", "optimizer",
-)  # fmt: skip
-
-
 def check_config(config) -> None:
-  for name in _REQUIRED:
-    if name not in config:
+  """Raise ValueError unless the config has what every run needs."""
+  needed = [*flatten_dict(to_json(run_config("")), sep="."), *_SECTIONS]
+  here = flatten_dict(to_json(config), sep=".", keep_empty_nodes=True)
+  for name in needed:
+    if name not in here and name not in config:
       raise ValueError(
         f"the config has no {name}; compare with the presets in configs/."
       )
@@ -34,39 +37,85 @@ def check_config(config) -> None:
     raise ValueError(
       f"kind {config.kind!r} is not known; use tokenizer or var."
     )
-  for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
-    if config[name] < 1:
-      raise ValueError(f"{name} {config[name]} is below 1; use 1 or more.")
-  if config.data.batch_size < 1:
-    raise ValueError(
-      f"data.batch_size {config.data.batch_size} is below 1; use 1 or more."
-    )
+  for name in _COUNTS:
+    if here[name] < 1:
+      raise ValueError(f"{name} {here[name]} is below 1; use 1 or more.")
+  for name in _OFF_AT_0:
+    if here[name] < 0:
+      raise ValueError(f"{name} {here[name]} is negative; 0 turns it off.")
   if not 0 <= config.seed < 2**32:
     raise ValueError(f"seed {config.seed} is not in 0..2^32-1; use such a one.")
   if not 0.0 <= config.ema_decay < 1.0:
     raise ValueError(
       f"ema_decay {config.ema_decay} is not in [0, 1); 0 turns it off."
     )
+  if config.data.on_broken not in ("fail", "skip"):
+    raise ValueError(
+      f"data.on_broken {config.data.on_broken!r} is not known; use fail or "
+      "skip."
+    )
+  every = config.eval_every
+  if config.keep_best and (not every or config.checkpoint_every % every):
+    raise ValueError(
+      f"keep_best {config.keep_best} needs an evaluation at every checkpoint; "
+      f"set eval_every to a divisor of {config.checkpoint_every}."
+    )
 
 
-def check_workdir(config, workdir: epath.Path) -> None:
-  """Raise ValueError if the workdir belongs to another config."""
-  path = workdir / "config.json"
-  if not path.exists():
-    return
-  there = flatten_dict(Description.read(workdir).config, sep=".")
-  here = flatten_dict(to_json(config), sep=".")
-  names = sorted(
+_SECTIONS = ("model", "loss", "optimizer")
+_COUNTS = (
+  "steps", "log_every", "ledger_every", "checkpoint_every", "keep_checkpoints",
+  "accumulate", "data.batch_size",
+)  # fmt: skip
+_OFF_AT_0 = (
+  "eval_every", "eval_samples", "pictures", "keep_best", "keep_every",
+  "data.workers",
+)  # fmt: skip
+
+
+def check_workdir(config, workdir: epath.Path, allow_change: bool) -> bool:
+  """Return whether the workdir belongs to another config.
+
+  Raises:
+    ValueError: it does, and that is not allowed.
+  """
+  if not (workdir / "config.json").exists():
+    return False
+  changes = config_changes(Description.read(workdir).config, to_json(config))
+  if changes and not allow_change:
+    raise ValueError(
+      f"workdir {workdir} holds another config: {'; '.join(changes)}; use a "
+      "new --workdir, or --allow-config-change to go on with this one."
+    )
+  return bool(changes)
+
+
+def config_changes(there: dict, here: dict) -> list[str]:
+  """Return a line on each setting that matters and differs."""
+  there, here = (flatten_dict(config, sep=".") for config in (there, here))
+  changes = []
+  for name in sorted(
     there.keys() | here.keys(), key=lambda name: (name != "kind", name)
-  )
-  for name in names:
+  ):
     if name in FREE_KEYS or there.get(name) == here.get(name):
       continue
     if name not in there and not here[name]:
       continue  # a setting that came later, and is off
     if name == "tokenizer_path" and not here.get(name):
       continue  # the workdir has its own copy
+    changes.append(
+      f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+    )
+  return changes
+
+
+def check_writable(workdir: epath.Path) -> None:
+  """Raise ValueError if nothing can be written into a local workdir."""
+  if "://" in str(workdir):
+    return
+  there = next(path for path in (workdir, *workdir.parents) if path.exists())
+  if not there.is_dir() or not os.access(there, os.W_OK):
+    reason = "may not be written to" if there.is_dir() else "is no folder"
     raise ValueError(
-      f"workdir {workdir} holds another config: {name} is {there.get(name)!r} "
-      f"there and {here.get(name)!r} here; use a new --workdir."
+      f"workdir {workdir} cannot be made: {there} {reason}; use another one."
     )

@@ -1,9 +1,47 @@
-"""Config sections that follow the dataclasses they become."""
+"""What every training config has, and sections that follow dataclasses."""
 
 import dataclasses
 
 import ml_collections
 from ml_collections import config_dict
+
+from var_jax.training.guard import GuardConfig
+
+
+def run_config(kind: str) -> ml_collections.ConfigDict:
+  """Return the settings that both kinds of training share.
+
+  `model`, `loss` and `optimizer` are the caller's to add.
+  """
+  config = ml_collections.ConfigDict()
+  config.kind = kind
+  config.seed = 0
+  config.steps = 0
+  config.init_from = ""  # a workdir to start from
+  config.ema_decay = 0.0  # of an average of the weights; 0 is off
+  config.accumulate = 1  # parts that a batch is taken in, one after another
+
+  config.data = ml_collections.ConfigDict()
+  config.data.source = ""
+  config.data.eval_source = ""  # the source's own val split, unless said
+  config.data.batch_size = 0
+  config.data.transform = "crop"  # crop | jitter | resize
+  config.data.flip = False
+  config.data.workers = 0  # processes that read images; 0 reads in threads
+  config.data.on_broken = "fail"  # or skip: take the next image instead
+
+  config.guard = section(GuardConfig)
+
+  config.log_every = 50
+  config.ledger_every = 100  # steps between checksums of the parameters
+  config.eval_every = 0  # steps; 0 never evaluates
+  config.eval_samples = 0  # the first ones of the held-out split; 0 takes all
+  config.pictures = 8  # columns of the pictures that an evaluation draws
+  config.checkpoint_every = 2000
+  config.keep_checkpoints = 2  # the newest ones
+  config.keep_best = 0  # those of the lowest held-out loss
+  config.keep_every = 0  # steps; 0 keeps no others
+  return config
 
 
 def section(cls, *, without: tuple[str, ...] = (), **values):

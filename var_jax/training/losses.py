@@ -45,18 +45,58 @@ def token_loss(
 
 
 def token_metrics(
-  logits_BLV: jax.Array, tokens_BL: jax.Array, scales: ScaleSchedule
-) -> dict[str, jax.Array]:
-  """Return loss and accuracy (a fraction) over all tokens and the last scale.
+  logits_BlV: jax.Array, tokens_Bl: jax.Array, scales: ScaleSchedule
+) -> dict[str, jax.Array | dict[str, jax.Array]]:
+  """Return loss and accuracy (a fraction): of all tokens, of the last scale
+  ("tail") and of each scale by its number.
 
-  The loss is without label smoothing.
+  The loss is without label smoothing. Where the tokens are those of the first
+  scales only, the others and the tail have no key.
   """
-  loss_BL = token_loss(logits_BLV, tokens_BL)
-  right_BL = jnp.argmax(logits_BLV, axis=-1) == tokens_BL
-  tail = slice(scales.start(len(scales) - 1), None)
-  return {
-    "loss_mean": jnp.mean(loss_BL),
-    "loss_tail": jnp.mean(loss_BL[:, tail]),
-    "accuracy_mean": jnp.mean(right_BL),
-    "accuracy_tail": jnp.mean(right_BL[:, tail]),
+  metrics_B = sample_metrics(logits_BlV, tokens_Bl, scales)
+  return jax.tree.map(jnp.mean, metrics_B)
+
+
+def sample_metrics(
+  logits_BlV: jax.Array, tokens_Bl: jax.Array, scales: ScaleSchedule
+) -> dict[str, jax.Array | dict[str, jax.Array]]:
+  """Return the same of each sample, [B]."""
+  of_tokens = {
+    "loss": token_loss(logits_BlV, tokens_Bl),
+    "accuracy": jnp.argmax(logits_BlV, axis=-1) == tokens_Bl,
   }
+  covered = scales.covered(tokens_Bl.shape[1])
+  metrics = {}
+  for name, values_Bl in of_tokens.items():
+    by_scale = {
+      str(s): jnp.mean(values_Bl[:, scales.start(s) : scales.end(s)], axis=1)
+      for s in range(covered)
+    }
+    metrics[f"{name}_mean"] = jnp.mean(values_Bl, axis=1)
+    if covered == len(scales):
+      metrics[f"{name}_tail"] = by_scale[str(covered - 1)]
+    metrics[f"{name}_scale"] = by_scale
+  return metrics
+
+
+def sum_of_real(of_samples, real_B: jax.Array) -> dict[str, jax.Array]:
+  """Return the sums of [B] measures over real samples, and their "count"."""
+  sums = jax.tree.map(
+    lambda x_B: jnp.sum(jnp.where(real_B, x_B, 0.0)), of_samples
+  )
+  return {**sums, "count": jnp.sum(real_B.astype(jnp.float32))}
+
+
+def code_shares(logits_BlV: jax.Array) -> jax.Array:
+  """Return the share of tokens for which each code is the likeliest, [V]."""
+  V = logits_BlV.shape[-1]
+  likeliest_M = jnp.argmax(logits_BlV, axis=-1).ravel()
+  return jnp.bincount(likeliest_M, length=V) / likeliest_M.size
+
+
+def code_use(shares_V: jax.Array) -> jax.Array:
+  """Return the share of codes that are predicted at all, percent.
+
+  VAR: a code counts from a thousandth of an even use on.
+  """
+  return 100.0 * jnp.mean(shares_V > 0.001 / shares_V.shape[0])

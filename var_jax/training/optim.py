@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 Schedule = Callable[[jax.Array], jax.Array]
+Schedules = tuple[Schedule, Schedule]  # learning rate, weight decay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +58,40 @@ class OptimizerConfig:
 
 def make_optimizer(
   cfg: OptimizerConfig, *, steps: int, batch_size: int
-) -> optax.GradientTransformation:
-  """Return the optimiser of a run of `steps` steps."""
-  rate, decay = schedules(cfg, steps=steps, batch_size=batch_size)
-  adamw = optax.adamw(
-    rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=decay, mask=decay_mask
+) -> optax.GradientTransformationExtraArgs:
+  """Return the optimiser of a run of `steps` steps.
+
+  Its update takes the clock as `step=`, and the rates follow that: where an
+  update is refused the moments stand still and the schedule does not.
+  """
+  adamw = optax.chain(
+    optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+    _decay_and_scale(*schedules(cfg, steps=steps, batch_size=batch_size)),
   )
   if not cfg.clip_norm:
     return adamw
   return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adamw)
 
 
+def _decay_and_scale(rate: Schedule, decay: Schedule):
+  """Return u -> -rate(step) (u + decay(step) p), decay where the mask is."""
+
+  def update(updates, state, params, *, step, **unused):
+    scale, weight = -rate(step), decay(step)
+    updates = jax.tree.map(
+      lambda u, p, decays: scale * (u + weight * p if decays else u),
+      updates,
+      params,
+      decay_mask(params),
+    )
+    return updates, state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
 def schedules(
   cfg: OptimizerConfig, *, steps: int, batch_size: int
-) -> tuple[Schedule, Schedule]:
+) -> Schedules:
   """Return learning rate and weight decay as functions of the step."""
   peak = cfg.learning_rate * batch_size / 256
   end = cfg.weight_decay_end
@@ -141,6 +162,14 @@ def decay_mask(params):
     path: path.endswith("kernel") or path.endswith("class_emb") for path in flat
   }
   return flax.traverse_util.unflatten_dict(decays, sep="/")
+
+
+def rates(of: Schedules | None, step: jax.Array) -> dict[str, jax.Array]:
+  """Return what a step reports of its schedules; nothing without them."""
+  if of is None:
+    return {}
+  rate, decay = of
+  return {"learning_rate": rate(step), "weight_decay": decay(step)}
 
 
 _HOLDS = {"cos": 0.0, "lin": 0.15, "lin0": 0.05, "lin00": 0.0, "exp": 0.15}

@@ -15,6 +15,7 @@ class TrainState:
   step: jax.Array  # int32, steps taken
   params: Any
   opt_state: optax.OptState
+  running_loss: jax.Array  # of the steps not refused; 0 before the first
   ema: Any = None  # of params; None where it is off
   code_hits_SV: jax.Array | None = None  # tokenizer only: draws of each code
 
@@ -24,22 +25,29 @@ class TrainState:
       step=jnp.zeros((), jnp.int32),
       params=params,
       opt_state=optimizer.init(params),
+      running_loss=jnp.zeros(()),
       ema=jax.tree.map(jnp.copy, params) if use_ema else None,
       **fields,
     )
 
-  def apply_gradients(self, grads, optimizer, ema_decay: float) -> "TrainState":
-    """Return the state after one optimiser step."""
-    updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
+  def apply_gradients(
+    self, grads, optimizer, ema_decay: float
+  ) -> tuple["TrainState", Any]:
+    """Return the state after one optimiser step, and what was added."""
+    # Rates follow this clock, not the updates that the optimiser has counted.
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+      grads, self.opt_state, self.params, step=self.step
+    )
     params = optax.apply_updates(self.params, updates)
     ema = self.ema
     if ema is not None:
       # Early steps weigh more, so that the initial values are forgotten.
       decay = jnp.minimum(ema_decay, (1.0 + self.step) / (10.0 + self.step))
       ema = optax.incremental_update(params, ema, 1.0 - decay)
-    return self.replace(
+    state = self.replace(
       step=self.step + 1, params=params, opt_state=opt_state, ema=ema
     )
+    return state, updates
 
 
 def to_float_images(image_BHW3: jax.Array) -> jax.Array:

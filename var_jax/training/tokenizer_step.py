@@ -12,9 +12,14 @@ import optax
 
 from var_jax.models import quantizer
 from var_jax.models.tokenizer import Tokenizer
+from var_jax.training import losses, optim
+from var_jax.training.accumulation import mean_over_parts
+from var_jax.training.guard import GuardConfig, judge
 from var_jax.training.state import TrainState, step_key, to_float_images
 
 REVIVAL = 3  # what the key is for, see var_step
+
+_GUARD = GuardConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +56,24 @@ def make_step(
   *,
   ema_decay: float,
   seed: int,
+  accumulate: int = 1,
+  guard: GuardConfig = _GUARD,
+  schedules: optim.Schedules | None = None,
 ):
-  """Return step(state, batch) -> (state, metrics)."""
+  """Return step(state, batch) -> (state, metrics).
+
+  Args:
+    accumulate: parts that the batch is taken in, one after another; dead
+      codes are looked for in the whole batch.
+    schedules: reported as learning_rate and weight_decay.
+  """
   scales, V = tokenizer.cfg.schedule, tokenizer.cfg.vocab_size
 
   def step(state: TrainState, batch):
-    image_BHW3 = to_float_images(batch["image"])
+    before = state
     if cfg.revive_every:
       key = step_key(seed, REVIVAL, state.step)
+      image_BHW3 = to_float_images(batch["image"])
       state = jax.lax.cond(
         state.step % cfg.revive_every == 0,
         lambda state: _revive(tokenizer, cfg, state, image_BHW3, key),
@@ -66,35 +81,74 @@ def make_step(
         state,
       )
 
-    def loss_fn(params):
-      reconstruction_BHW3, quantized = tokenizer.apply(params, image_BHW3)
-      l2 = jnp.mean(jnp.square(reconstruction_BHW3 - image_BHW3))
-      loss = l2 + cfg.quantizer_weight * quantized.loss
-      return loss, (l2, quantized)
+    def gradients(part, number):
+      """Return (gradients, metrics, draws of each code) of a part."""
+      image_BHW3 = to_float_images(part["image"])
 
-    (loss, (l2, quantized)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params
-    )
-    hits_SV = count_codes(quantized.tokens_BL, scales, V)
+      def loss_fn(params):
+        reconstruction_BHW3, quantized = tokenizer.apply(params, image_BHW3)
+        l2 = jnp.mean(jnp.square(reconstruction_BHW3 - image_BHW3))
+        loss = l2 + cfg.quantizer_weight * quantized.loss
+        return loss, (l2, quantized)
+
+      (loss, (l2, quantized)), grads = jax.value_and_grad(
+        loss_fn, has_aux=True
+      )(state.params)
+      metrics = {
+        "loss": loss,
+        "l2": l2,
+        "quantizer_loss": quantized.loss,
+        "residual_energy": _per_scale(quantized.residual_energy_S),
+      }
+      return grads, metrics, count_codes(quantized.tokens_BL, scales, V)
+
+    grads, metrics, hits_SV = mean_over_parts(gradients, batch, accumulate)
     # VAR: the first count as it is, then a short memory, then a long one.
     decay = jnp.where(state.step < 100, 0.9, 0.99)
     decay = jnp.where(state.step == 0, 0.0, decay)
-    hits_SV = optax.incremental_update(hits_SV, state.code_hits_SV, 1.0 - decay)
-    state = state.apply_gradients(grads, optimizer, ema_decay)
-    area = image_BHW3.shape[0] * scales.grid[0] * scales.grid[1]
-    usage_S = code_usage(hits_SV, area)
-    metrics = {
-      "loss": loss,
-      "l2": l2,
-      "quantizer_loss": quantized.loss,
-      "psnr": 10.0 * jnp.log10(4.0 / l2),
-      "grad_norm": optax.tree.norm(grads),
-      "code_usage": _per_scale(usage_S),
-      "residual_energy": _per_scale(quantized.residual_energy_S),
+    hits_SV = optax.incremental_update(
+      accumulate * hits_SV, state.code_hits_SV, 1.0 - decay
+    )
+    after, updates = state.apply_gradients(grads, optimizer, ema_decay)
+    after = after.replace(code_hits_SV=hits_SV)
+    # A refused step leaves no trace, revived codes included.
+    after, health = judge(guard, before, after, metrics["loss"], grads, updates)
+    area = batch["image"].shape[0] * scales.grid[0] * scales.grid[1]
+    return after, {
+      **metrics,
+      "psnr": _psnr(metrics["l2"]),
+      "code_usage": _per_scale(code_usage(hits_SV, area)),
+      **health,
+      **optim.rates(schedules, state.step),
     }
-    return state.replace(code_hits_SV=hits_SV), metrics
 
   return step
+
+
+def make_eval_step(tokenizer: Tokenizer):
+  """Return eval_step(params, batch) -> sums over samples.
+
+  A batch has "image" uint8 [B, H, W, 3] and "real" [B]: False for what only
+  fills the batch. The sums are of l2, quantizer_loss, psnr (each image's, in
+  dB) and "count".
+  """
+
+  def measure(params, image_HW3):
+    reconstruction_1HW3, quantized = tokenizer.apply(params, image_HW3[None])
+    l2 = jnp.mean(jnp.square(reconstruction_1HW3 - image_HW3))
+    return {"l2": l2, "quantizer_loss": quantized.loss, "psnr": _psnr(l2)}
+
+  def eval_step(params, batch):
+    image_BHW3 = to_float_images(batch["image"])
+    of_samples = jax.vmap(measure, in_axes=(None, 0))(params, image_BHW3)
+    return losses.sum_of_real(of_samples, batch["real"])
+
+  return eval_step
+
+
+def _psnr(l2: jax.Array) -> jax.Array:
+  """Return dB of a mean square error in [-1, 1]."""
+  return 10.0 * jnp.log10(4.0 / l2)
 
 
 def _per_scale(values_S: jax.Array) -> dict[str, jax.Array]:

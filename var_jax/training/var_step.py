@@ -2,6 +2,9 @@
 
 images -encode-> tokens_BL -accumulate-> inputs_BLZ
 labels, inputs -VAR-> logits_BLV, compared with tokens_BL
+
+With a token cache the first arrow is done already. In progressive training
+everything ends at the scale that the stage has reached.
 """
 
 import dataclasses
@@ -12,7 +15,9 @@ import optax
 
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import VAR
-from var_jax.training import losses
+from var_jax.training import losses, optim, progressive
+from var_jax.training.accumulation import mean_over_parts
+from var_jax.training.guard import GuardConfig, judge
 from var_jax.training.state import (
   TrainState,
   sample_keys,
@@ -22,6 +27,8 @@ from var_jax.training.state import (
 
 # What a key is for; part of every key, so that no two uses share one.
 LABEL_DROPOUT, NETWORK = 1, 2
+
+_GUARD = GuardConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,35 +74,109 @@ def make_step(
   *,
   ema_decay: float,
   seed: int,
+  accumulate: int = 1,
+  guard: GuardConfig = _GUARD,
+  schedules: optim.Schedules | None = None,
+  stage: int | None = None,
+  newest_weight: optim.Schedule | None = None,
 ):
-  """Return step(state, tokenizer_params, batch) -> (state, metrics)."""
+  """Return step(state, tokenizer_params, batch) -> (state, metrics).
+
+  A batch has "label" int32 [B], "position" uint32 [B] and either "image"
+  uint8 [B, H, W, 3] or its "tokens" [B, L]: then nothing is encoded.
+
+  Args:
+    accumulate: parts that the batch is taken in, one after another. Dropout
+      and stochastic depth draw for each part; all else is as in one piece.
+    schedules: reported as learning_rate and weight_decay.
+    stage: the finest scale that is trained, see `progressive.stage`; without
+      it all are. Metrics of finer scales and of the tail then have no key.
+    newest_weight: of the loss of that scale as a function of the step, see
+      `progressive.newest_scale_weight`; 1 without it.
+  """
+  scales = var.cfg.schedule
+  last = len(scales) - 1
+  if stage is not None and not 0 <= stage <= last:
+    raise ValueError(f"stage {stage} is not a scale; use 0 .. {last}.")
+  finest = last if stage is None else stage
+
+  def weights_of(step) -> jax.Array | None:
+    if finest == last:
+      return None
+    newest = newest_weight(step) if newest_weight else 1.0
+    return progressive.token_weights(scales, finest, newest)
 
   def step(state: TrainState, tokenizer_params, batch):
-    image_BHW3 = to_float_images(batch["image"])
-    tokens_BL = tokenizer.apply(tokenizer_params, image_BHW3, method="encode")
-    inputs_BLZ = tokenizer.apply(tokenizer_params, tokens_BL, method="inputs")
-    keys_B = sample_keys(seed, LABEL_DROPOUT, batch["position"])
-    drop_B = jax.vmap(lambda k: jax.random.bernoulli(k, cfg.label_dropout))(
-      keys_B
-    )
-    labels_B = losses.drop_labels(batch["label"], drop_B)
-    key = step_key(seed, NETWORK, state.step)
+    weights_l = weights_of(state.step)
 
-    def loss_fn(params):
-      logits_BLV = var.apply(params, labels_B, inputs_BLZ, key)
-      loss = losses.cross_entropy(
-        logits_BLV, tokens_BL, smoothing=cfg.label_smoothing
+    def gradients(part, number):
+      """Return (gradients, metrics, share of each code) of a part."""
+      tokens_Bl = _tokens(tokenizer, tokenizer_params, part)
+      tokens_Bl = tokens_Bl[:, : scales.end(finest)]
+      inputs_BlZ = tokenizer.apply(tokenizer_params, tokens_Bl, method="inputs")
+      labels_B = _some_labels(part, cfg.label_dropout, seed)
+      key = step_key(seed, NETWORK, state.step)
+      if accumulate > 1:
+        key = jax.random.fold_in(key, number)
+
+      def loss_fn(params):
+        logits_BlV = var.apply(params, labels_B, inputs_BlZ, key)
+        loss = losses.cross_entropy(
+          logits_BlV, tokens_Bl, weights_l, cfg.label_smoothing
+        )
+        return loss, logits_BlV
+
+      (loss, logits_BlV), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params
       )
-      return loss, logits_BLV
+      metrics = losses.token_metrics(logits_BlV, tokens_Bl, scales)
+      shares_V = losses.code_shares(logits_BlV)
+      return grads, {"loss": loss, **metrics}, shares_V
 
-    (loss, logits_BLV), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params
+    grads, metrics, shares_V = mean_over_parts(gradients, batch, accumulate)
+    after, updates = state.apply_gradients(grads, optimizer, ema_decay)
+    # Of a token: the loss grows with a stage, and that is no spike.
+    after, health = judge(
+      guard, state, after, metrics["loss_mean"], grads, updates
     )
-    metrics = {
-      "loss": loss,
-      **losses.token_metrics(logits_BLV, tokens_BL, var.cfg.schedule),
-      "grad_norm": optax.tree.norm(grads),
+    return after, {
+      **metrics,
+      "code_use": losses.code_use(shares_V),
+      **health,
+      **optim.rates(schedules, state.step),
     }
-    return state.apply_gradients(grads, optimizer, ema_decay), metrics
 
   return step
+
+
+def make_eval_step(var: VAR, tokenizer: Tokenizer):
+  """Return eval_step(params, tokenizer_params, batch) -> sums over samples.
+
+  A batch is that of a training step without positions, and with "real" [B]:
+  False for what only fills the batch. The sums are of `losses.token_metrics`
+  and "count". VAR: here no label is dropped, nothing is smoothed.
+  """
+
+  def eval_step(params, tokenizer_params, batch):
+    tokens_BL = _tokens(tokenizer, tokenizer_params, batch)
+    inputs_BLZ = tokenizer.apply(tokenizer_params, tokens_BL, method="inputs")
+    logits_BLV = var.apply(params, batch["label"], inputs_BLZ)
+    of_samples = losses.sample_metrics(logits_BLV, tokens_BL, var.cfg.schedule)
+    return losses.sum_of_real(of_samples, batch["real"])
+
+  return eval_step
+
+
+def _tokens(tokenizer: Tokenizer, params, batch) -> jax.Array:
+  """Return the tokens of a batch, int32 [B, L]."""
+  if "tokens" in batch:
+    return batch["tokens"].astype(jnp.int32)
+  image_BHW3 = to_float_images(batch["image"])
+  return tokenizer.apply(params, image_BHW3, method="encode")
+
+
+def _some_labels(batch, rate: float, seed: int) -> jax.Array:
+  """Return the labels, of which each position decides whether it is dropped."""
+  keys_B = sample_keys(seed, LABEL_DROPOUT, batch["position"])
+  drop_B = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys_B)
+  return losses.drop_labels(batch["label"], drop_B)

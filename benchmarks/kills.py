@@ -1,0 +1,142 @@
+"""Kill a run again and again, and show that it ends where it would have ended.
+
+    python benchmarks/kills.py --kills 20
+
+A small tokenizer is trained once undisturbed, and once with SIGKILL at random
+moments, every other one while a checkpoint is being written. Both runs have to
+end with the same parameters, bit for bit, and the same ledger of steps.
+"""
+
+import argparse
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS, EVERY = 60, 3
+SETTINGS = {
+  "steps": STEPS,
+  "checkpoint_every": EVERY,
+  "log_every": 5,
+  "ledger_every": 5,
+  "ema_decay": 0.9,
+  "data.batch_size": 16,
+  "data.transform": "jitter",
+}
+PATIENCE = 300.0  # seconds without which a start must save or end
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--kills", type=int, default=20)
+  parser.add_argument("--seed", type=int, default=0)
+  args = parser.parse_args()
+  with tempfile.TemporaryDirectory() as folder:
+    compare(pathlib.Path(folder), args.kills, random.Random(args.seed))
+
+
+def compare(folder: pathlib.Path, kills: int, rng: random.Random) -> None:
+  """Train with and without kills; raise AssertionError if they differ."""
+  undisturbed, killed = folder / "undisturbed", folder / "killed"
+  seconds = _time_of(undisturbed, folder)
+  print(f"undisturbed: {STEPS} steps in {seconds:.0f} s, start included")
+  for i in range(kills):
+    inside = i % 2 == 0
+    print(f"kill {i + 1}: {_kill(killed, folder, rng, seconds, inside)}")
+  _time_of(killed, folder)
+  same(undisturbed, killed)
+  print(f"after {kills} kills: the same parameters and steps, bit for bit")
+
+
+def same(one: pathlib.Path, other: pathlib.Path) -> None:
+  """Raise AssertionError unless two runs ended alike."""
+  import jax
+
+  from var_jax.checkpoints import weights
+  from var_jax.training.history import History
+
+  for which in ("raw", "ema"):
+    pair = [weights.read_tokenizer(w, weights=which)[1] for w in (one, other)]
+    jax.tree.map(np.testing.assert_array_equal, *pair)
+  histories = [History.read(w / "ledger.jsonl") for w in (one, other)]
+  steps = [
+    {step: _facts(record) for step, record in history.steps.items()}
+    for history in histories
+  ]
+  assert list(steps[0]) == list(range(1, STEPS + 1))
+  assert steps[0] == steps[1]
+  assert not histories[1].contradictions, histories[1].contradictions
+
+
+def start(workdir: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen:
+  """Return a process that trains; compiled programs are kept in `folder`."""
+  command = [
+    *(sys.executable, "-m", "var_jax.cli", "train"),
+    *("--config", str(ROOT / "configs/tokenizer.py:tiny")),
+    *("--workdir", str(workdir)),
+    *(f"--config.{name}={value}" for name, value in SETTINGS.items()),
+  ]
+  cache = {
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  with (folder / f"{workdir.name}.log").open("a") as log:
+    return subprocess.Popen(
+      command, cwd=ROOT, env=os.environ | cache, stdout=log, stderr=log
+    )
+
+
+def _time_of(workdir: pathlib.Path, folder: pathlib.Path) -> float:
+  begin = time.monotonic()
+  code = start(workdir, folder).wait()
+  if code:
+    raise AssertionError((folder / f"{workdir.name}.log").read_text())
+  return time.monotonic() - begin
+
+
+def _kill(workdir, folder, rng, seconds: float, inside_a_save: bool) -> str:
+  """Start, kill, and say when."""
+  process = start(workdir, folder)
+  begin = time.monotonic()
+  # Half a run at most, so that the last kill still finds one under way.
+  wait = rng.uniform(0.0, 0.5 * seconds)
+  while process.poll() is None and time.monotonic() - begin < PATIENCE:
+    if time.monotonic() - begin >= wait:
+      if not inside_a_save or _saving(workdir):
+        break
+    time.sleep(0.002)
+  process.send_signal(signal.SIGKILL)
+  code = process.wait()
+  after = time.monotonic() - begin
+  return (
+    f"after {after:.1f} s, {'inside a save, ' if _saving(workdir) else ''}"
+    f"newest step {_newest(workdir)}"
+    + ("" if code == -signal.SIGKILL else f" (it had ended with {code})")
+  )
+
+
+def _saving(workdir: pathlib.Path) -> bool:
+  return any(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
+
+
+def _newest(workdir: pathlib.Path) -> int:
+  steps = [
+    int(p.name) for p in workdir.glob("checkpoints/[0-9]*") if p.name.isdigit()
+  ]
+  return max(steps, default=0)
+
+
+def _facts(record) -> dict:
+  """Return what a record says of its step; not where it stands."""
+  return {k: v for k, v in record.items() if k != "number"}
+
+
+if __name__ == "__main__":
+  main()

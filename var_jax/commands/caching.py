@@ -1,0 +1,35 @@
+"""`var-jax cache`."""
+
+import signal
+import sys
+
+from var_jax.commands.training import read_config
+
+
+def add(commands) -> None:
+  """Add the parser of the command."""
+  cache = commands.add_parser(
+    "cache",
+    help="write the tokens of a training split, to train on them",
+    usage="var-jax cache --config FILE.py[:PRESET] --output DIR "
+    "[--config.a.b=value ...]",
+    description="Train on them with the preset PRESET,cached and "
+    "--config.data.token_cache=DIR.",
+  )
+  cache.add_argument(
+    "--config", required=True, help="configs/var.py:d16, for example"
+  )
+  cache.add_argument("--output", required=True, help="created, or gone on with")
+  cache.set_defaults(run=_cache)
+
+
+def _cache(args) -> int:
+  from var_jax.training import caching
+
+  config = read_config(args.config, args.overrides)
+  try:
+    caching.build(config, args.output)
+  except caching.Stopped as stopped:
+    print(f"var-jax: {stopped}", file=sys.stderr)
+    return 128 + signal.SIGTERM
+  return 0

@@ -1,0 +1,155 @@
+"""Everything that looks at a run without touching its state.
+
+Metrics, ledger, broken images and the policy for refused updates, behind one
+object, so that the loop is only about steps.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from var_jax.data import broken
+from var_jax.training import checks, checksum, provenance
+from var_jax.training.ledger import Recorder
+from var_jax.training.report import Report
+
+_SHOWN = 8  # sample indices in a message; the ledger has them all
+
+
+class Refused(Exception):
+  """A step's update was refused, and the policy is to roll back."""
+
+
+class Observer:
+  """Of a run from `start` on.
+
+  Args:
+    run: a `setup.Run`.
+  """
+
+  def __init__(self, run, workdir: epath.Path, start: int, state):
+    config, program = run.config, run.program
+    self._run, self._workdir = run, workdir
+    self._broken = set(_lines(workdir / "broken.txt"))
+    self._recorder = None  # of several processes the first writes
+    if jax.process_index() == 0:
+      self._recorder = Recorder(
+        workdir / "ledger.jsonl",
+        start,
+        provenance.describe(checks.to_json(config), run.mesh),
+        position=start * config.data.batch_size,
+      )
+    self.report = Report(
+      workdir=workdir,
+      start=start,
+      steps=config.steps,
+      batch_size=config.data.batch_size,
+      **program.work(program.stage(start))._asdict(),
+      devices=run.mesh.size,
+      device_kind=run.mesh.devices.flat[0].device_kind,
+    )
+    self.report.overview(state.params)
+    self.pause = self.report.pause
+
+  def works_at(self, stage: int | None) -> None:
+    """Count the steps from here on as those of a stage."""
+    work = self._run.program.work(stage)
+    self.report.tokens_per_image = work.tokens_per_image
+    self.report.flops_per_step = work.flops_per_step
+
+  def waited(self, seconds: float, metrics) -> None:
+    """Count seconds of fetching, if the step was over by their end."""
+    if metrics["loss"].is_ready():
+      self.report.waited(seconds)
+
+  def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Take note of a step's numbers.
+
+    Raises:
+      Refused: its update was refused, and the policy is to roll back.
+      ValueError: likewise, and the policy is to stop.
+    """
+    values = dict(metrics)
+    batch = values.pop("record")
+    bits = values.pop("checksum", None)
+    self._note_broken(batch)
+    if self._recorder:
+      named = {name: values[name] for name in ("loss", "grad_norm", "skipped")}
+      if bits is not None:
+        named["checksum"] = checksum.as_hex(bits)
+      for change in self._recorder.step(step, batch, named):
+        self.report.message(f"step {step}: {change}")
+    self.report.step(step, values)
+    self.report.advance(step)
+    config = self._run.config
+    if step % config.log_every == 0 or step == config.steps:
+      self.report.log(step)
+    if values["skipped"]:
+      self._refused(step, values, batch["index"])
+
+  def evaluation(self, step: int, means, pictures) -> None:
+    self.report.evaluation(step, means)
+    for name, pixels in pictures.items():
+      self.report.images(step, name, pixels)
+
+  def rolled_back(self, step: int, to: int) -> None:
+    self.report.message(
+      f"step {step}: back to the weights of step {to}; the batches of steps "
+      f"{to + 1}..{step} are passed over"
+    )
+    if self._recorder:
+      self._recorder.rollback(step, to)
+
+  def flush(self) -> None:
+    """Put on disk what a checkpoint is about to vouch for."""
+    if self._recorder:
+      self._recorder.flush()
+
+  def end(self, step: int) -> None:
+    if self._recorder:
+      self._recorder.end(step)
+
+  def close(self) -> None:
+    self.report.close()
+    if self._recorder:
+      self._recorder.close()
+
+  def _note_broken(self, batch) -> None:
+    if not np.any(batch["skipped"]):
+      return
+    names = broken.broken_names(self._run.source, batch)
+    new = [name for name in names if name not in self._broken]
+    self._broken.update(new)
+    if new and jax.process_index() == 0:
+      path = self._workdir / "broken.txt"
+      with path.open("a") as file:
+        file.writelines(f"{name}\n" for name in new)
+      self.report.message(
+        f"{len(self._broken)} broken images so far, the last {new[-1]}; all "
+        f"are named in {path}"
+      )
+
+  def _refused(self, step: int, values, index_B) -> None:
+    policy = self._run.config.guard.policy
+    shown = ", ".join(str(i) for i in index_B[:_SHOWN])
+    more = f" and {len(index_B) - _SHOWN} more" if len(index_B) > _SHOWN else ""
+    what = (
+      f"step {step}: loss {values['loss']:.6g}, gradient norm "
+      f"{values['grad_norm']:.6g}, so its update was refused; samples "
+      f"{shown}{more} of the source"
+    )
+    if policy == "stop":
+      raise ValueError(
+        f"{what}; look at them, or lower the learning rate, or set "
+        "guard.policy to skip or rollback."
+      )
+    self.report.message(what)
+    if policy == "rollback":
+      raise Refused
+
+
+def _lines(path: epath.Path) -> list[str]:
+  return path.read_text().splitlines() if path.exists() else []

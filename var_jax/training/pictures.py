@@ -1,0 +1,61 @@
+"""Pictures that a run shows of itself, always of the same draws or images."""
+
+import functools
+
+import jax
+import numpy as np
+
+from var_jax import images
+from var_jax.generation import sampler
+from var_jax.models.tokenizer import Tokenizer
+
+# As the published FID is drawn; a vocabulary may be smaller.
+TOP_K, TOP_P, GUIDANCE = 900, 0.96, 1.5
+
+
+def samples(
+  models: sampler.Models, params: sampler.ModelParams, columns: int
+) -> dict[str, np.ndarray]:
+  """Return {"samples": two rows of classes, "scales": one growing a row}."""
+  cfg = models.var.cfg
+  labels_B = np.linspace(0, cfg.num_classes - 1, columns).round()
+  labels_B = labels_B.astype(np.int32)
+  options = sampler.Options(GUIDANCE, min(TOP_K, cfg.vocab_size), TOP_P)
+  rows = []
+  for seed in range(2):
+    keys_B = sampler.image_keys(jax.random.key(seed), columns)
+    stages = [
+      images.to_uint8(sampler.decode(models, params, drawn.f_hat_BhwZ))
+      for drawn in sampler.draw_scales(
+        models=models,
+        params=params,
+        labels_B=labels_B,
+        keys_B=keys_B,
+        options=options,
+        guided=True,
+        smooth=False,
+      )
+    ]
+    rows.append(stages)
+  names = [str(label) for label in labels_B]
+  drawn = [list(stages[-1]) for stages in rows]
+  growing = [list(image) for image in np.stack(rows[0], axis=1)]
+  return {
+    "samples": images.grid(drawn),
+    "scales": images.grid(growing, names),
+  }
+
+
+def reconstructions(
+  tokenizer: Tokenizer, params, pixels_BHW3: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Return {"reconstructions": given images above what comes back}."""
+  image_BHW3 = images.to_float(pixels_BHW3)
+  again_BHW3 = _reconstruct(tokenizer, params, image_BHW3)
+  rows = [list(pixels_BHW3), list(images.to_uint8(again_BHW3))]
+  return {"reconstructions": images.grid(rows, ("real", "rec."))}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reconstruct(tokenizer, params, image_BHW3):
+  return tokenizer.apply(params, image_BHW3)[0]

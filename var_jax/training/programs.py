@@ -1,0 +1,123 @@
+"""What the loop needs to know of the model it trains, for both models.
+
+Programs are compiled for the mesh with explicit shardings: the state is
+replicated and donated, a batch is split by rows, and what comes out is the
+same everywhere.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from var_jax.checkpoints.description import Description
+from var_jax.models.layers import resolve_dtype
+from var_jax.parallel import mesh as mesh_lib
+from var_jax.training import (
+  checks,
+  optim,
+)
+from var_jax.training.state import TrainState
+
+# What the ledger wants to know of a batch, as the devices got it.
+_RECORD = ("index", "position", "label", "skipped", "raw_digest", "digest")
+
+
+class Work(NamedTuple):
+  """What a step amounts to, for rates and MFU."""
+
+  tokens_per_image: int
+  flops_per_step: float  # of the model, on all devices together
+
+
+class Program(NamedTuple):
+  """A model in training. A step counts from 0 here: the one that is next."""
+
+  description: Description
+  init: Callable[[], TrainState]  # of a new run, warm or not
+  like: Callable[[], TrainState]  # the same shapes, for eval_shape
+  step: Callable[..., tuple[TrainState, Mapping]]  # (state, batch, stage)
+  stage: Callable[[int], int | None]  # of progressive training; None: all
+  evaluate: Callable[[Any, Mapping], Mapping]  # sums over a batch
+  pictures: Callable[..., Mapping[str, np.ndarray]]  # (run, state)
+  prepare: Callable[[], None]  # writes what a new workdir needs
+  checksum: Callable[[Any], jax.Array]
+  tokenizer_checksum: Callable[[], str]
+  held_out_loss: str  # the measure that the best checkpoint has least of
+  work: Callable[[int | None], Work]  # of a step, by stage
+
+
+def build(cls, section, **derived):
+  """Return the dataclass of a config section and what follows from others."""
+  try:
+    return cls(**section, **derived)
+  except TypeError as error:
+    raise ValueError(
+      f"{cls.__name__} cannot be built from the config ({error}); compare with "
+      "the presets in configs/."
+    ) from None
+
+
+def compiled_step(step, mesh):
+  """Return the program of a step, with the batch's record in its metrics."""
+
+  def recorded(state, frozen, batch):
+    state, metrics = step(state, frozen, batch)
+    return state, metrics | {"record": {name: batch[name] for name in _RECORD}}
+
+  same, split = mesh_lib.replicated(mesh), mesh_lib.by_rows(mesh)
+  return jax.jit(
+    recorded,
+    donate_argnums=0,
+    in_shardings=(same, same, split),
+    out_shardings=same,
+  )
+
+
+def compiled_sums(evaluate, mesh):
+  same, split = mesh_lib.replicated(mesh), mesh_lib.by_rows(mesh)
+  return jax.jit(evaluate, in_shardings=(same, split), out_shardings=same)
+
+
+def averaged(state: TrainState) -> Any:
+  return state.params if state.ema is None else state.ema
+
+
+def optimizer(config):
+  cfg = build(optim.OptimizerConfig, config.optimizer)
+  how = dict(steps=config.steps, batch_size=config.data.batch_size)
+  return optim.make_optimizer(cfg, **how), optim.schedules(cfg, **how)
+
+
+def with_dtype(cfg):
+  return dataclasses.replace(cfg, dtype=resolve_dtype(cfg.dtype))
+
+
+def init_key(config) -> jax.Array:
+  # rbg: a hundred draws of the default generator take a minute to compile.
+  return jax.random.key(config.seed, impl="rbg")
+
+
+def describe(config, source, tokenizer, transformer) -> Description:
+  return Description(
+    tokenizer,
+    transformer,
+    tuple(source.class_names),
+    checks.to_json(config),
+    _origin(config, source),
+  )
+
+
+def _origin(config, source) -> dict[str, Any]:
+  """Return what the model card says of how the weights were made."""
+  made_by = (
+    f"Trained by `var-jax train` on `{config.data.source}`, {len(source)} "
+    f"images, for {config.steps} steps of {config.data.batch_size}."
+  )
+  if not config.init_from:
+    return {"made_by": made_by}
+  licence = Description.read(config.init_from).origin.get("licence")
+  made_by += f" It started from the weights in `{config.init_from}`."
+  return {"made_by": made_by, "licence": licence}

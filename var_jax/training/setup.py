@@ -1,0 +1,149 @@
+"""What a run is made of: opened and checked, before a step is taken.
+
+Training and replay open the same `Run`, so that they take the same steps.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from var_jax.checkpoints import orbax_trees
+from var_jax.data import pipeline, sources, token_cache, transforms
+from var_jax.parallel import mesh as mesh_lib
+from var_jax.training import caching, tokenizer_program, var_program
+from var_jax.training.feed import Feed
+from var_jax.training.programs import Program
+from var_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Everything but the state."""
+
+  config: ml_collections.ConfigDict
+  mesh: jax.sharding.Mesh
+  source: sources.Source
+  transform: transforms.Transform
+  held_out: sources.Source | None  # None: nothing is evaluated
+  plain: transforms.Transform  # without chance, for held-out images
+  program: Program
+
+  @property
+  def replicated(self) -> jax.sharding.Sharding:
+    return mesh_lib.replicated(self.mesh)
+
+  def fresh(self) -> TrainState:
+    """Return the state before the first step."""
+    return jax.device_put(self.program.init(), self.replicated)
+
+  def restore(self, checkpoints, step: int) -> TrainState:
+    """Return the state of a kept step, without a fresh one beside it."""
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=self.replicated
+      ),
+      jax.eval_shape(self.program.like),
+    )
+    orbax_trees.check_shapes(
+      checkpoints.folder(step) / "params", like.params["params"]
+    )
+    trees, position = checkpoints.restore(step, trees_of(like))
+    assert position == step * self.config.data.batch_size
+    return like.replace(
+      params=trees["params"], ema=trees["ema"], **trees["training"]
+    )
+
+  def at_step(self, state: TrainState, step: int) -> TrainState:
+    """Return the state with its clock at `step`."""
+    clock = jax.device_put(np.int32(step), self.replicated)
+    return state.replace(step=clock)
+
+  def feed(self, start: int) -> Feed:
+    """Return the batches of the steps after `start`."""
+    data = self.config.data
+    return Feed(
+      self.mesh,
+      pipeline.training_batches(
+        self.source,
+        self.transform,
+        batch_size=data.batch_size,
+        seed=self.config.seed,
+        start_step=start,
+        rows=mesh_lib.rows(self.mesh, data.batch_size),
+        workers=data.workers,
+        on_broken=data.on_broken,
+      ),
+    )
+
+
+def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
+  """Open sources and models; write nothing.
+
+  Raises:
+    ValueError: something does not exist, or does not fit the rest.
+  """
+  mesh = mesh_lib.make_mesh()
+  mesh_lib.check_batch(mesh, config.data.batch_size)
+  source = _training_source(config)
+  held_out = _held_out(config, source)
+  of_kind = {"tokenizer": tokenizer_program.make, "var": var_program.make}
+  program = of_kind[config.kind](config, mesh, source, workdir)
+  tokenizer = program.description.tokenizer
+  make: Callable[..., Any] = transforms.make_transform
+  shape = tokenizer.image_shape
+  plain = make(config.data.transform, shape, train=False, flip=False)
+  transform = plain
+  if is_cached(config):
+    transform = transforms.pick_crop
+    caching.check(source.manifest, program.tokenizer_checksum(), config)
+  else:
+    transform = make(
+      config.data.transform, shape, train=True, flip=config.data.flip
+    )
+  pipeline.check_first(source, transform, config.data.on_broken)
+  if held_out is not None:
+    pipeline.check_first(held_out, plain, config.data.on_broken)
+  return Run(config, mesh, source, transform, held_out, plain, program)
+
+
+def is_cached(config) -> bool:
+  return config.kind == "var" and bool(config.data.token_cache)
+
+
+def trees_of(state: TrainState) -> dict[str, Any]:
+  """Return what a checkpoint holds, by item."""
+  rest = {
+    field.name: getattr(state, field.name)
+    for field in dataclasses.fields(state)
+    if field.name not in ("params", "ema")
+  }
+  return {"params": state.params, "ema": state.ema, "training": rest}
+
+
+def _training_source(config) -> sources.Source:
+  if is_cached(config):
+    return token_cache.TokenSource(config.data.token_cache)
+  return sources.open_source(config.data.source, "train")
+
+
+def _held_out(config, source) -> sources.Source | None:
+  if not config.eval_every:
+    return None
+  spec = config.data.eval_source
+  # A file has one split: what is named for evaluation is that.
+  one_split = spec.startswith("npz:")
+  held_out = sources.open_source(
+    spec or config.data.source, "train" if one_split else "val"
+  )
+  here, there = len(source.class_names), len(held_out.class_names)
+  if here != there:
+    raise ValueError(
+      f"eval_source has {there} classes and the training source {here}; "
+      "evaluate on the same classes."
+    )
+  return held_out

@@ -1,0 +1,85 @@
+"""The training of a tokenizer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from var_jax.checkpoints import weights
+from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.training import (
+  checksum,
+  flops,
+  pictures,
+  programs,
+  tokenizer_step,
+  warm_start,
+)
+from var_jax.training.guard import GuardConfig
+from var_jax.training.state import TrainState
+
+
+def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
+  """Return the program of a config."""
+  cfg = programs.with_dtype(programs.build(TokenizerConfig, config.model))
+  tokenizer = Tokenizer(cfg)
+  optimizer, rates = programs.optimizer(config)
+  step = tokenizer_step.make_step(
+    tokenizer,
+    optimizer,
+    programs.build(tokenizer_step.TokenizerLossConfig, config.loss),
+    ema_decay=config.ema_decay,
+    seed=config.seed,
+    accumulate=config.accumulate,
+    guard=programs.build(GuardConfig, config.guard),
+    schedules=rates,
+  )
+  take = programs.compiled_step(
+    lambda state, nothing, batch: step(state, batch), mesh
+  )
+
+  def fresh() -> Any:
+    return tokenizer_step.init_params(tokenizer, programs.init_key(config))
+
+  def start() -> Any:
+    if not config.init_from:
+      return fresh()
+    described, variables = weights.read_tokenizer(config.init_from)
+    return warm_start.start_tokenizer(variables, described.tokenizer, cfg)
+
+  def create(params) -> TrainState:
+    hits_SV = jnp.zeros((len(cfg.schedule), cfg.vocab_size))
+    return TrainState.create(
+      params, optimizer, use_ema=config.ema_decay > 0, code_hits_SV=hits_SV
+    )
+
+  def draw(run, state) -> Mapping[str, np.ndarray]:
+    n = min(config.pictures, len(run.held_out))
+    pixels = [run.plain(run.held_out[i]["image"], None) for i in range(n)]
+    if not n:
+      return {}
+    return pictures.reconstructions(
+      tokenizer, programs.averaged(state), np.stack(pixels)
+    )
+
+  return programs.Program(
+    description=programs.describe(config, source, cfg, None),
+    init=lambda: create(start()),
+    like=lambda: create(fresh()),
+    step=lambda state, batch, stage: take(state, None, batch),
+    stage=lambda step: None,
+    evaluate=programs.compiled_sums(
+      tokenizer_step.make_eval_step(tokenizer), mesh
+    ),
+    pictures=draw,
+    prepare=lambda: None,
+    checksum=checksum.param_checksum,
+    tokenizer_checksum=lambda: "",
+    held_out_loss="l2",
+    work=lambda stage: programs.Work(
+      cfg.schedule.num_tokens,
+      config.data.batch_size * flops.tokenizer_step(cfg),
+    ),
+  )
