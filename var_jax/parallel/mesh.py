@@ -29,13 +29,15 @@ def by_rows(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def check_batch(mesh: Mesh, batch_size: int) -> None:
-  """Raise ValueError unless every device gets as many rows."""
-  if batch_size % mesh.size:
-    near = max(batch_size // mesh.size, 1) * mesh.size
+def check_batch(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
+  """Raise ValueError unless every device gets as many rows of each part."""
+  unit = mesh.size * parts
+  if batch_size % unit:
+    near = max(batch_size // unit, 1) * unit
+    in_parts = f" in {parts} parts" if parts > 1 else ""
     raise ValueError(
-      f"batch {batch_size} is not divisible by {mesh.size} devices; use a "
-      f"multiple like {near}."
+      f"batch {batch_size}{in_parts} is not divisible by {mesh.size} devices; "
+      f"use a multiple of {unit} like {near}."
     )
 
 

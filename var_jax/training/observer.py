@@ -16,6 +16,8 @@ from var_jax.training import checks, checksum, provenance
 from var_jax.training.ledger import Recorder
 from var_jax.training.report import Report
 
+# A lasting shift of the loss looks like spikes that never end.
+MAX_SKIPPED = 100
 _SHOWN = 8  # sample indices in a message; the ledger has them all
 
 
@@ -34,6 +36,7 @@ class Observer:
     config, program = run.config, run.program
     self._run, self._workdir = run, workdir
     self._broken = set(_lines(workdir / "broken.txt"))
+    self._skipped = 0  # updates in a row
     self._recorder = None  # of several processes the first writes
     if jax.process_index() == 0:
       self._recorder = Recorder(
@@ -87,7 +90,10 @@ class Observer:
     config = self._run.config
     if step % config.log_every == 0 or step == config.steps:
       self.report.log(step)
-    if values["skipped"]:
+    if not values["skipped"]:
+      self._skipped = 0
+    else:
+      self._skipped += 1
       self._refused(step, values, batch["index"])
 
   def evaluation(self, step: int, means, pictures) -> None:
@@ -145,6 +151,11 @@ class Observer:
       raise ValueError(
         f"{what}; look at them, or lower the learning rate, or set "
         "guard.policy to skip or rollback."
+      )
+    if policy == "skip" and self._skipped > MAX_SKIPPED:
+      raise ValueError(
+        f"{what}: {MAX_SKIPPED} updates before it were refused too; lower the "
+        "learning rate or raise guard.spike_factor."
       )
     self.report.message(what)
     if policy == "rollback":

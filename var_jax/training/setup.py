@@ -88,7 +88,8 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
     ValueError: something does not exist, or does not fit the rest.
   """
   mesh = mesh_lib.make_mesh()
-  mesh_lib.check_batch(mesh, config.data.batch_size)
+  # Each part of an accumulated batch lies on all devices.
+  mesh_lib.check_batch(mesh, config.data.batch_size, config.accumulate)
   source = _training_source(config)
   held_out = _held_out(config, source)
   of_kind = {"tokenizer": tokenizer_program.make, "var": var_program.make}
