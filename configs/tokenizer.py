@@ -19,6 +19,18 @@ PRESETS = {
     channels=32,
     scales=(1, 2, 3, 4),
   ),
+  # 32 px, Fashion-MNIST on two CPU cores, see docs/benchmarks.md.
+  "fashion32": dict(
+    vocab_size=512,
+    latent_channels=16,
+    channels=16,
+    channel_mults=(1, 1, 2, 4),
+    norm_groups=8,
+    encoder_blocks=1,
+    decoder_blocks=1,
+    scales=(1, 2, 3, 4),
+    num_phis=0,
+  ),
   # 16 px, for tests: one step takes milliseconds.
   "tiny": dict(
     vocab_size=32,
@@ -56,7 +68,19 @@ def get_config(preset: str = "released256") -> ml_collections.ConfigDict:
   config.optimizer = section(
     OptimizerConfig, schedule="cos", warmup_fraction=0.01, weight_decay=0.005
   )
-  if preset == "tiny":
+  if preset == "fashion32":
+    config.steps = 2000
+    config.ema_decay = 0.99
+    config.data.source = "npz:/path/to/fashion_mnist_train.npz"
+    config.data.batch_size = 32
+    config.data.transform = "resize"
+    config.data.flip = False
+    config.data.workers = 0
+    config.optimizer.learning_rate = 2e-3 * 8  # at a batch of 256
+    config.optimizer.warmup_fraction = 0.04
+    config.checkpoint_every = 500
+    config.keep_checkpoints = 1
+  elif preset == "tiny":
     config.steps = 100
     config.data.source = "digits"
     config.data.batch_size = 16

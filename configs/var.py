@@ -25,6 +25,8 @@ PRESETS = {
   # Unpublished, for smaller budgets.
   "d8": (8, 768, 200, 1e-4, 1e-3, 0.1, None),
   "d12": (12, 768, 200, 1e-4, 1e-3, 0.1, None),
+  # 32 px, Fashion-MNIST on two CPU cores, see docs/benchmarks.md.
+  "fashion32": (5, 32, None, 8e-3, 1e-1, 0.01, None),
   "tiny": (2, 16, None, 1e-2, 1e-1, 0.1, None),
 }
 
@@ -80,7 +82,17 @@ def _config(preset: str) -> ml_collections.ConfigDict:
     warmup_fraction=1 / 50,
     weight_decay_end=decay_end,
   )
-  if preset == "tiny":
+  if preset == "fashion32":
+    config.steps = 4000
+    config.ema_decay = 0.999
+    config.data.source = "npz:/path/to/fashion_mnist_train.npz"
+    config.data.transform = "resize"
+    config.data.workers = 0
+    config.model.width, config.model.heads = 160, 5
+    config.model.drop_path = 0.0
+    config.optimizer.schedule = "cos"
+    config.optimizer.warmup_fraction = 0.06
+  elif preset == "tiny":
     config.steps = 100
     config.data.source = "digits"
     config.data.transform = "resize"

@@ -1,6 +1,8 @@
 """The commands, as somebody's script calls them."""
 
+import dataclasses
 import pathlib
+import shutil
 
 import golden_files
 import jax
@@ -11,7 +13,8 @@ from PIL import Image
 from var_jax import cli, images
 from var_jax.checkpoints import store, weights
 from var_jax.checkpoints.description import Description
-from var_jax.commands import training
+from var_jax.commands import drawing, training
+from var_jax.commands.arguments import UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -95,6 +98,31 @@ def test_edit_writes_an_image(workdir, tmp_path, mode):
   )  # fmt: skip
   assert code == 0
   assert picture(tmp_path / "out.png").shape == (64, 64, 3)
+
+
+def test_labels_can_be_names_of_classes():
+  names = ("cat", "red fox", "7")
+  labels = drawing.labels_of("red fox,0, cat,-1,7", names)
+  assert labels == [1, 0, 0, -1, 2]
+  with pytest.raises(UsageError, match="'red fux' is not a label.* red fox"):
+    drawing.labels_of("cat,red fux", names)
+
+
+def test_names_of_classes_come_from_the_checkpoint(workdir, tmp_path):
+  named = pathlib.Path(shutil.copytree(workdir, tmp_path / "named"))
+  described = Description.read(named)
+  names = tuple(f"kind {i}" for i in range(10))
+  dataclasses.replace(described, class_names=names).write(named)
+  pictures = []
+  for labels in ("kind 3", "3"):
+    output = tmp_path / "out.png"
+    code = run(
+      "sample", "--checkpoint", named, "--labels", labels, "--count", 1,
+      "--output", output,
+    )  # fmt: skip
+    assert code == 0
+    pictures.append(picture(output))
+  np.testing.assert_array_equal(*pictures)
 
 
 SAMPLE = {"--labels": "3", "--count": "1", "--output": "out.png"}
@@ -268,3 +296,66 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
   monkeypatch.undo()
   assert path.read_bytes() == b"old"
   assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+TINY = ("train", "--config", ROOT / "configs" / "var.py:tiny")
+
+
+@pytest.mark.parametrize(
+  "settings, parts",
+  [
+    ({"data.source": "tfds:mnits"}, ["mnits", "mnist"]),
+    ({"data.batch_size": 15, "accumulate": 2}, ["batch 15", "multiple of 2"]),
+    ({"eval_every": 1, "data.source": "npz:{npz}"}, ["'train', not 'val'"]),
+    ({"data.source": "npz:{no_images}"}, ["no array 'images'"]),
+    ({"data.source": "npz:{float_labels}"}, ["labels are float"]),
+    ({"data.source": "npz:{npz}", "data.transform": "crop"},
+     ["10", "64", "resize"]),
+    ({"data.source": "folder:{empty}"}, ["train"]),
+    ({"data.token_cache": "{empty}"}, ["manifest.json"]),
+    ({"guard.policy": "panic"}, ["'panic'", "rollback"]),
+    ({"keep_best": 1}, ["eval_every"]),
+    ({"progressive.until": 2.0}, ["until 2.0"]),
+  ],
+)  # fmt: skip
+def test_training_refuses_in_one_line_and_leaves_nothing(
+  workdir, tmp_path, capsys, settings, parts
+):
+  paths = {name: tmp_path / f"{name}.npz" for name in SOURCES}
+  for name, arrays in SOURCES.items():
+    np.savez(paths[name], **arrays)
+  paths["empty"] = tmp_path / "empty"
+  paths["empty"].mkdir()
+  settings = {"tokenizer_path": str(workdir), **settings}
+  overrides = [
+    f"--config.{name}={str(value).format(**paths)}"
+    for name, value in settings.items()
+  ]
+  output = tmp_path / "run"
+  assert run(*TINY, "--workdir", output, *overrides) == 1
+  assert_one_line(capsys, *parts)
+  assert not output.exists()
+
+
+IMAGES = np.zeros((4, 10, 10), np.uint8)
+SOURCES = {
+  "npz": dict(images=IMAGES, labels=np.arange(4) % 2),
+  "no_images": dict(pixels=IMAGES, labels=np.arange(4) % 2),
+  "float_labels": dict(images=IMAGES, labels=np.arange(4) % 2 + 0.5),
+}
+
+
+def test_a_workdir_that_cannot_be_made(workdir, tmp_path, capsys):
+  (tmp_path / "file").write_text("")
+  settings = f"--config.tokenizer_path={workdir}"
+  assert run(*TINY, "--workdir", tmp_path / "file" / "run", settings) == 1
+  assert_one_line(capsys, "file is no folder", "use another one")
+
+
+@pytest.mark.parametrize("steps", [("0", "2"), ("1", "x")])
+def test_a_replay_is_of_steps(workdir, capsys, steps):
+  code = run(
+    "replay", "--workdir", workdir, "--from", steps[0], "--to", steps[1]
+  )
+  assert code == 2
+  assert_one_line(capsys, "is not a step")

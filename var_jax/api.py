@@ -42,8 +42,9 @@ def load(
   """Return the model of a workdir, at its newest step.
 
   Args:
-    path: what `var-jax convert` wrote, or a training workdir. A transformer's
-      contains its frozen tokenizer; a tokenizer alone encodes and decodes.
+    path: what `var-jax convert` wrote, or a training workdir; or one of its
+      steps, WORKDIR/checkpoints/STEP. A transformer's contains its frozen
+      tokenizer; a tokenizer alone encodes and decodes.
     mesh: where parameters are replicated; the first device by default.
     dtype: of matmul inputs, "float32" or "bfloat16"; by default float32 on
       CPU and bfloat16 elsewhere. Parameters that meet nothing else are held

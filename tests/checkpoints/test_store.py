@@ -60,6 +60,13 @@ def test_newest_step_is_read_and_ema_falls_back_to_raw(workdir, variables):
   )
 
 
+def test_an_older_step_can_be_read(workdir, variables):
+  _, tokenizer, _ = weights.read_models(workdir / "checkpoints" / "1")
+  jax.tree.map(np.testing.assert_array_equal, tokenizer, variables)
+  with pytest.raises(ValueError, match="7 is no finished checkpoint; .* 1, 2"):
+    weights.read_models(workdir / "checkpoints" / "7")
+
+
 def test_only_the_newest_are_kept(tmp_path):
   checkpoints = store.Store(tmp_path, keep=2)
   for step in range(5):

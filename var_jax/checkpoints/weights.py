@@ -35,7 +35,7 @@ def read_models(folder: epath.PathLike, **how) -> tuple[Description, Any, Any]:
   Arguments and errors as of `read_tokenizer`.
   """
   alone, tokenizer = read_tokenizer(folder, **how)
-  if not Description.read(folder).transformer:
+  if not Description.read(split_step(folder)[0]).transformer:
     return alone, tokenizer, None
   description, transformer = read_transformer(folder, **how)
   # What was trained on is what decodes: the copy's own description counts.
@@ -55,8 +55,8 @@ def read_tokenizer(
   Arrays go to their devices as they are read: the host never holds all.
 
   Args:
-    folder: a workdir; its newest step is read. Of a transformer's, its frozen
-      tokenizer.
+    folder: a workdir, whose newest step is read, or one of its steps,
+      WORKDIR/checkpoints/STEP. Of a transformer's, its frozen tokenizer.
     weights: "ema", which falls back to "raw" where none was kept, or "raw".
     sharding: of every parameter; the first device by default.
     dtype: what parameters that are only ever multiplied in this dtype are
@@ -67,10 +67,13 @@ def read_tokenizer(
       was written.
   """
   _check_which(weights)
-  folder = tokenizer_folder(folder)
+  workdir, step = split_step(folder)
+  folder = tokenizer_folder(workdir)
   description = Description.read(folder)
   abstract = torch_format.abstract_tokenizer(description.tokenizer)
-  variables = read_step(newest(folder), abstract, weights, sharding, dtype)
+  if step is None or folder != workdir:
+    step = newest(folder)
+  variables = read_step(step, abstract, weights, sharding, dtype)
   return description, variables
 
 
@@ -86,15 +89,37 @@ def read_transformer(
   Arguments and errors as of `read_tokenizer`.
   """
   _check_which(weights)
-  folder = epath.Path(folder).absolute()
+  folder, step = split_step(folder)
   description = Description.read(folder)
   if not description.transformer:
     raise ValueError(
       f"{folder} holds a tokenizer alone; give a transformer's workdir."
     )
   abstract = torch_format.abstract_var(description.transformer)
-  variables = read_step(newest(folder), abstract, weights, sharding, dtype)
+  step = step or newest(folder)
+  variables = read_step(step, abstract, weights, sharding, dtype)
   return description, variables
+
+
+def split_step(
+  path: epath.PathLike,
+) -> tuple[epath.Path, epath.Path | None]:
+  """Return (workdir, step folder), the latter if `path` is one.
+
+  Raises:
+    ValueError: there is no such step.
+  """
+  path = epath.Path(path).absolute()
+  if path.parent.name != "checkpoints" or not path.name.isdigit():
+    return path, None
+  workdir = path.parent.parent
+  steps = store.all_steps(workdir)
+  if int(path.name) not in steps:
+    kept = ", ".join(map(str, sorted(steps))) or "none"
+    raise ValueError(
+      f"{path} is no finished checkpoint; {workdir} keeps {kept}."
+    )
+  return workdir, path
 
 
 def tokenizer_folder(workdir: epath.PathLike) -> epath.Path:

@@ -1,0 +1,227 @@
+"""Samples of a VAR trained on Fashion-MNIST, judged by a stranger.
+
+    python benchmarks/fashion.py --checkpoint DIR --train train.npz \\
+      --test test.npz --output DIR
+
+The judge, a small convolutional network, is fitted on the real training
+images and first has to prove itself on the real test images. Both archives
+hold `images` (uint8, grey) and `labels`. Writes samples.png,
+reconstructions.png, scales.png and fashion.json.
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+import var_jax
+from var_jax import demo, files, images
+from var_jax.data import sources, transforms
+
+SAMPLES_A_CLASS = 100
+SAMPLES_AT_ONCE = 250
+JUDGE = dict(epochs=6, batch_size=128, learning_rate=2e-3)
+
+Judge = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> labels [B]
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  for name in ("checkpoint", "train", "test", "output"):
+    parser.add_argument(f"--{name}", required=True)
+  parser.add_argument("--guidance", type=float, default=1.5)
+  parser.add_argument("--top-k", type=int, default=0)
+  parser.add_argument("--top-p", type=float, default=0.95)
+  parser.add_argument("--seed", type=int, default=0)
+  args = parser.parse_args()
+
+  start = time.process_time()
+  output = epath.Path(args.output)
+  model = var_jax.load(args.checkpoint)
+  shape = model.config.tokenizer.image_shape
+  train, test = (read_images(path, shape) for path in (args.train, args.test))
+  judge = fit_judge(*train)
+  judged = time.process_time()
+  sampling = dict(guidance=args.guidance, top_k=args.top_k, top_p=args.top_p)
+  labels, pixels = draw(model, args.seed, sampling)
+  record = {
+    "sampling": {**sampling, "seed": args.seed},
+    "samples_a_class": SAMPLES_A_CLASS,
+    "class_names": list(model.class_names),
+    "judge": {**JUDGE, **accuracies(judge(test[0]), test[1])},
+    "reconstructions": measure_reconstructions(model, judge, *test),
+    "samples": {
+      **accuracies(judge(pixels), labels),
+      "novelty": novelty(pixels, labels, train, test),
+      "diversity": demo.diversity(pixels, labels, *train),
+    },
+    "cpu_seconds_of_the_judge": round(judged - start),
+    "cpu_seconds": round(time.process_time() - start),
+  }
+  write_pictures(output, model, args.seed, sampling, test, labels, pixels)
+  files.write_json(output / "fashion.json", record)
+  print(json.dumps(record, indent=2))
+
+
+def read_images(path: str, shape: tuple[int, int]):
+  """Return (uint8 images [B, H, W, 3], labels [B]) as the tokenizer sees them.
+
+  Resampled to `shape` as `data.transform = "resize"` does.
+  """
+  source = sources.open_source(f"npz:{path}", "train")
+  transform = transforms.make_transform(
+    "resize", shape, train=False, flip=False
+  )
+  pixels = [transform(sample["image"], None) for sample in source]
+  return np.stack(pixels), np.asarray(source.labels)
+
+
+class Network(nn.Module):
+  """The judge: three convolutions on blocks of 2x2 pixels, and two layers."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x_BHW1: jax.Array, key: jax.Array | None = None):
+    B, H, W, _ = x_BHW1.shape
+    # Pixels of a block become channels: pooling is slow on CPU.
+    x = x_BHW1.reshape(B, H // 2, 2, W // 2, 2).transpose(0, 1, 3, 2, 4)
+    x = x.reshape(B, H // 2, W // 2, 4)
+    for features, stride in ((32, 1), (64, 2), (128, 2)):
+      x = nn.relu(nn.Conv(features, (3, 3), stride)(x))
+    x = nn.relu(nn.Dense(128)(x.reshape(B, -1)))
+    x = nn.Dropout(0.4)(x, deterministic=key is None, rng=key)
+    return nn.Dense(self.num_classes)(x)
+
+
+def fit_judge(pixels_BHW3: np.ndarray, labels_B: np.ndarray) -> Judge:
+  """Return a classifier of such images."""
+  epochs, batch_size = JUDGE["epochs"], JUDGE["batch_size"]
+  network = Network(int(labels_B.max()) + 1)
+  grey_BHW1 = _grey(pixels_BHW3)
+  steps_an_epoch = len(grey_BHW1) // batch_size
+  optimizer = optax.adamw(
+    optax.cosine_onecycle_schedule(
+      epochs * steps_an_epoch, JUDGE["learning_rate"]
+    )
+  )
+  params = jax.jit(network.init)(jax.random.key(0), grey_BHW1[:1])
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(params, opt_state, x_BHW1, labels_B, key):
+    def loss_fn(params):
+      logits_BC = network.apply(params, x_BHW1, key)
+      return jnp.mean(
+        optax.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B)
+      )
+
+    grads = jax.grad(loss_fn)(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  rng, opt_state = np.random.default_rng(0), optimizer.init(params)
+  for epoch in range(epochs):
+    order = rng.permutation(len(grey_BHW1))
+    for k in range(steps_an_epoch):
+      rows = order[k * batch_size : (k + 1) * batch_size]
+      key = jax.random.fold_in(jax.random.key(1), epoch * steps_an_epoch + k)
+      params, opt_state = step(
+        params, opt_state, grey_BHW1[rows], labels_B[rows], key
+      )
+
+  predict = jax.jit(lambda x_BHW1: network.apply(params, x_BHW1).argmax(-1))
+
+  def judge(pixels_BHW3):
+    grey_BHW1 = _grey(pixels_BHW3)
+    parts = range(0, len(grey_BHW1), 1000)
+    return np.concatenate([predict(grey_BHW1[i : i + 1000]) for i in parts])
+
+  return judge
+
+
+def draw(model, seed: int, sampling: dict) -> tuple[np.ndarray, np.ndarray]:
+  """Return (labels, uint8 images), SAMPLES_A_CLASS a class in turn."""
+  labels_B = np.repeat(np.arange(len(model.class_names)), SAMPLES_A_CLASS)
+  drawn = []
+  for i in range(0, len(labels_B), SAMPLES_AT_ONCE):
+    key = jax.random.fold_in(jax.random.key(seed), i)
+    sample = model.sample(labels_B[i : i + SAMPLES_AT_ONCE], key, **sampling)
+    drawn.append(images.to_uint8(sample.images_BHW3))
+  return labels_B, np.concatenate(drawn)
+
+
+def accuracies(predicted_B: np.ndarray, labels_B: np.ndarray) -> dict[str, Any]:
+  right_B = predicted_B == labels_B
+  classes = [float(right_B[labels_B == c].mean()) for c in np.unique(labels_B)]
+  return {
+    "accuracy": float(right_B.mean()),
+    "worst_class_accuracy": min(classes),
+    "class_accuracy": classes,
+  }
+
+
+def measure_reconstructions(model, judge: Judge, pixels, labels):
+  """Return what the tokenizer keeps of the first thousand images."""
+  real, labels = pixels[:1000], labels[:1000]
+  again = _reconstruct(model, real)
+  error = np.mean(np.square(again.astype(np.float64) - real))
+  return {
+    "psnr": float(10 * np.log10(255**2 / error)),
+    **accuracies(judge(again), labels),
+  }
+
+
+def novelty(pixels, labels, train, test) -> float:
+  """Return `demo.novelty` of a class, averaged over the classes."""
+  classes = [
+    demo.novelty(
+      pixels[labels == c],
+      test[0][test[1] == c][:SAMPLES_A_CLASS],
+      train[0][train[1] == c],
+    )
+    for c in np.unique(labels)
+  ]
+  return float(np.mean(classes))
+
+
+def write_pictures(output, model, seed, sampling, test, labels, pixels):
+  """Write samples.png, reconstructions.png and scales.png."""
+  names, classes = model.class_names, np.arange(len(model.class_names))
+  rows = [list(pixels[labels == c][:10]) for c in classes]
+  _write(output / "samples.png", rows, names)
+  real = np.stack([test[0][test[1] == c][0] for c in classes])
+  pairs = [list(real), list(_reconstruct(model, real))]
+  _write(output / "reconstructions.png", pairs, ("real", "rec."))
+  stages = [
+    images.to_uint8(drawn.preview_BHW3)
+    for drawn in model.stream(classes, jax.random.key(seed + 1), **sampling)
+  ]
+  sides = [f"{n}x{n}" for n in model.config.tokenizer.scales]
+  _write(output / "scales.png", [list(row) for row in stages], sides)
+
+
+def _reconstruct(model, pixels_BHW3: np.ndarray) -> np.ndarray:
+  tokens_BL = model.encode(images.to_float(pixels_BHW3))
+  return images.to_uint8(model.decode(tokens_BL))
+
+
+def _grey(pixels_BHW3: np.ndarray) -> np.ndarray:
+  return images.to_float(pixels_BHW3).mean(axis=-1, keepdims=True)
+
+
+def _write(path, rows, names) -> None:
+  enlarged = [[images.enlarge(image, 2) for image in row] for row in rows]
+  images.write_image(path, images.grid(enlarged, names))
+
+
+if __name__ == "__main__":
+  main()
