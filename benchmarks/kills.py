@@ -60,7 +60,7 @@ def same(one: pathlib.Path, other: pathlib.Path) -> None:
   import jax
 
   from var_jax.checkpoints import weights
-  from var_jax.training.history import History
+  from var_jax.ledger.history import History
 
   for which in ("raw", "ema"):
     pair = [weights.read_tokenizer(w, weights=which)[1] for w in (one, other)]

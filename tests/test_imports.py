@@ -16,12 +16,14 @@ ALLOWED = {
   "generation": {"models"},
   "data": {"files"},
   "parallel": set(),
+  "ledger": {"files"},
   "checkpoints": {"models", "files"},
   "training": {
     "models",
     "generation",  # pictures of a run
     "checkpoints",
     "data",
+    "ledger",
     "parallel",
     "files",
     "images",

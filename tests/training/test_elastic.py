@@ -18,7 +18,8 @@ import pytest
 
 from configs import tokenizer as tokenizer_presets
 from configs import var as var_presets
-from var_jax.training import caching, history, loop
+from var_jax.ledger import history
+from var_jax.training import caching, loop
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "elastic_run.py"
 ROOT = SCRIPT.parents[1]

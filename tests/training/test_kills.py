@@ -6,7 +6,7 @@ import time
 
 from benchmarks import kills
 from var_jax.checkpoints import store
-from var_jax.training.history import History
+from var_jax.ledger.history import History
 
 
 def test_killed_runs_end_as_an_undisturbed_one_would(tmp_path):

@@ -15,7 +15,8 @@ import pytest
 from configs import tokenizer as tokenizer_presets
 from configs import var as var_presets
 from var_jax.checkpoints import store, weights
-from var_jax.training import history, loop, observer, preemption
+from var_jax.ledger import history
+from var_jax.training import loop, observer, preemption
 
 
 @pytest.fixture(scope="module")

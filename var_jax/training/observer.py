@@ -12,8 +12,9 @@ import numpy as np
 from etils import epath
 
 from var_jax.data import broken
-from var_jax.training import checks, checksum, provenance
-from var_jax.training.ledger import Recorder
+from var_jax.ledger import checksum, provenance
+from var_jax.ledger.records import Recorder
+from var_jax.training import checks
 from var_jax.training.report import Report
 
 # A lasting shift of the loss looks like spikes that never end.

@@ -17,8 +17,9 @@ from etils import epath
 
 from var_jax.checkpoints import store
 from var_jax.checkpoints.description import Description
-from var_jax.training import checks, checksum, digests, provenance, setup
-from var_jax.training.history import History
+from var_jax.ledger import checksum, digests, provenance
+from var_jax.ledger.history import History
+from var_jax.training import checks, setup
 
 
 @dataclasses.dataclass(frozen=True)

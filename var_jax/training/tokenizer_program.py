@@ -8,9 +8,9 @@ import numpy as np
 from etils import epath
 
 from var_jax.checkpoints import weights
+from var_jax.ledger import checksum
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.training import (
-  checksum,
   flops,
   pictures,
   programs,

@@ -9,12 +9,12 @@ from etils import epath
 
 from var_jax.checkpoints import weights
 from var_jax.generation import sampler
+from var_jax.ledger import checksum
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import VAR, VARConfig
 from var_jax.parallel import mesh as mesh_lib
 from var_jax.training import (
   caching,
-  checksum,
   flops,
   pictures,
   programs,

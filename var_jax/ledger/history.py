@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from var_jax.training import digests, ledger
+from var_jax.ledger import digests, records
 
 # Of a step: what the same code, config, data and machine do not change.
 _REPRODUCED = ("batch_digest", "loss", "grad_norm", "skipped", "checksum")
@@ -60,8 +60,8 @@ class History:
 
   @classmethod
   def read(cls, path: os.PathLike | str) -> "History":
-    """Return the history of a ledger file; raise as `ledger.records` does."""
-    return cls(ledger.records(path))
+    """Return the history of a ledger file; raise as `records.records` does."""
+    return cls(records.records(path))
 
   def start_of(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the start that `record` came after: its provenance."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from var_jax.training import digests
+from var_jax.ledger import digests
 
 
 def test_raw_digests_are_those_of_a_dictionary():

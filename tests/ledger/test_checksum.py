@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from var_jax.training.checksum import as_hex, param_checksum
+from var_jax.ledger.checksum import as_hex, param_checksum
 
 MIXES = (
   (16, 0x85EBCA6B, 13, 0xC2B2AE35, 16),
@@ -135,7 +135,7 @@ def test_no_temporary_is_of_a_leafs_size():
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from var_jax.training.checksum import as_hex, param_checksum
+from var_jax.ledger.checksum import as_hex, param_checksum
 rng = np.random.default_rng(0)
 params = {
   "a": rng.normal(size=(8, 16, 4)).astype(np.float32),

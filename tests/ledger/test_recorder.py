@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from var_jax.training import ledger
-from var_jax.training.ledger import Recorder
+from var_jax.ledger import records
+from var_jax.ledger.records import Recorder
 
 
 def batch(index, raw=None, label=3):
@@ -41,8 +41,8 @@ def path(tmp_path):
 
 
 def test_samples_are_recorded_once(path):
-  records = ledger.read(path)
-  samples = [record for record in records if record["kind"] == "samples"]
+  told = records.read(path)
+  samples = [record for record in told if record["kind"] == "samples"]
   assert [record["index"] for record in samples] == [[4, 2]]
   raw_4, raw_2 = (4 * 7 + 1, 4000), (2 * 7 + 1, 2000)
   digits = "".join(f"{number:08x}" for number in (*raw_4, *raw_2))
@@ -58,7 +58,7 @@ def test_a_sample_that_changed_is_returned_and_recorded(path):
   # Sample 2 changed before the resume; once told, it is what it is.
   assert recorder.step(5, batch([2], raw={0: (1, 1)}), VALUES) == []
   recorder.close()
-  record = ledger.read(path)[-3]
+  record = records.read(path)[-3]
   assert (record["kind"], record["step"]) == ("changed_sample", 4)
   assert (record["index"], record["old"], record["new"]) == tuple(changes[0])
 
@@ -68,11 +68,11 @@ def test_a_sample_that_stands_twice_in_a_batch_is_one(tmp_path):
   recorder = Recorder(path, 0, {}, position=0)
   assert recorder.step(1, batch([3, 1, 3]), VALUES) == []
   recorder.close()
-  assert ledger.read(path)[1]["index"] == [3, 1]
+  assert records.read(path)[1]["index"] == [3, 1]
 
 
 def test_a_step_record_holds_batch_digest_and_values(path):
-  record = ledger.read(path)[2]
+  record = records.read(path)[2]
   expected = hashlib.sha256()
   for name, dtype in {
     "position": np.int64, "index": np.int64, "label": np.int32,
@@ -85,6 +85,6 @@ def test_a_step_record_holds_batch_digest_and_values(path):
 
 
 def test_a_run_leaves_its_records_in_order(path):
-  assert [record["kind"] for record in ledger.read(path)] == [
+  assert [record["kind"] for record in records.read(path)] == [
     "start", "samples", "step", "changed_sample", "step", "rollback", "end",
   ]  # fmt: skip

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from jax.extend import backend
 
 from var_jax import files
-from var_jax.training.ledger import plain
+from var_jax.ledger.records import plain
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from var_jax.training import ledger
-from var_jax.training.ledger import Ledger
+from var_jax.ledger import records
+from var_jax.ledger.records import Ledger
 
 
 @pytest.fixture
@@ -58,15 +58,15 @@ def reseal(line, **changes):
 
 def test_every_record_is_chained_to_the_one_before(path):
   lines = path.read_bytes().splitlines()
-  records = [json.loads(line) for line in lines]
-  assert [record["kind"] for record in records] == KINDS
-  assert [record["number"] for record in records] == list(range(1, 8))
+  told = [json.loads(line) for line in lines]
+  assert [record["kind"] for record in told] == KINDS
+  assert [record["number"] for record in told] == list(range(1, 8))
   previous = "0" * 64
-  for line, record in zip(lines, records, strict=True):
+  for line, record in zip(lines, told, strict=True):
     assert record["previous"] == previous
     assert reseal(line) == line + b"\n"
     previous = hashlib.sha256(line).hexdigest()
-  assert ledger.read(path) == records
+  assert records.read(path) == told
 
 
 @pytest.mark.parametrize("number, kind", list(enumerate(KINDS, 1)))
@@ -78,7 +78,7 @@ def test_one_edited_record_of_each_kind_is_named(path, number, kind):
   lines[number - 1] = edited
   path.write_text("".join(lines))
   message = rf"record {number} \({kind}, step \d\) was edited.*; restore"
-  for look in (ledger.read, Ledger):
+  for look in (records.read, Ledger):
     with pytest.raises(ValueError, match=message):
       look(path)
 
@@ -90,7 +90,7 @@ def test_no_bit_of_a_record_can_flip(path):
     flipped[byte] ^= 1 << byte % 8
     path.write_bytes(b"".join([*lines[:2], flipped, *lines[3:]]))
     with pytest.raises(ValueError, match="record 3 .*edited|record 3, after"):
-      ledger.read(path)
+      records.read(path)
 
 
 def test_a_record_that_was_rewritten_digest_and_all_is_named(path):
@@ -99,7 +99,7 @@ def test_a_record_that_was_rewritten_digest_and_all_is_named(path):
   path.write_bytes(b"".join(lines))
   message = r"record 3 \(step, step 1\) was rewritten: record 4 \(changed_samp"
   with pytest.raises(ValueError, match=message):
-    ledger.read(path)
+    records.read(path)
 
 
 @pytest.mark.parametrize("number", range(1, 7))
@@ -110,18 +110,18 @@ def test_a_removed_record_is_named(path, number):
   before = f"record {number - 1} " if number > 1 else "the beginning"
   message = f"record {number} is missing or out of place: after {before}.*"
   with pytest.raises(ValueError, match=message + f"record {number + 1} "):
-    ledger.read(path)
+    records.read(path)
 
 
 def test_swapped_and_doubled_records_are_named(path):
   lines = path.read_bytes().splitlines(keepends=True)
   path.write_bytes(b"".join([*lines[:3], lines[4], lines[3], *lines[5:]]))
   with pytest.raises(ValueError, match="record 4 is missing or out of place"):
-    ledger.read(path)
+    records.read(path)
   path.write_bytes(b"".join([*lines[:3], lines[2], *lines[3:]]))
   message = r"record 4 is missing or .*after record 3 .* comes record 3 \(step"
   with pytest.raises(ValueError, match=message):
-    ledger.read(path)
+    records.read(path)
 
 
 @pytest.mark.parametrize("line", [b"\n", b'{"kind":\n', b"5\n", b"\xff\n"])
@@ -130,19 +130,19 @@ def test_a_line_that_is_no_record_is_named(path, line):
   path.write_bytes(b"".join([*lines[:4], line, *lines[5:]]))
   message = r"record 5, after record 4 \(changed_sample, step 2\), is not a JSO"
   with pytest.raises(ValueError, match=message):
-    ledger.read(path)
+    records.read(path)
 
 
 def test_an_absent_ledger_is_an_error_to_read(tmp_path):
   with pytest.raises(ValueError, match="does not exist; check the workdir"):
-    ledger.read(tmp_path / "ledger.jsonl")
+    records.read(tmp_path / "ledger.jsonl")
 
 
 def test_what_a_kill_cut_short_is_no_record(path):
   whole = path.read_bytes()
   with path.open("ab") as file:
     file.write(whole.splitlines()[-1][:40])
-  assert len(ledger.read(path)) == 7
+  assert len(records.read(path)) == 7
   Ledger(path).close()
   assert path.read_bytes() == whole
 
@@ -154,7 +154,7 @@ def test_appending_after_a_resume_rewrites_nothing(path):
   book.append("step", step=2)
   book.close()
   assert path.read_bytes().startswith(before)
-  added = [(r["kind"], r["number"]) for r in ledger.read(path)[7:]]
+  added = [(r["kind"], r["number"]) for r in records.read(path)[7:]]
   assert added == [("start", 8), ("step", 9)]
 
 
@@ -175,7 +175,7 @@ def test_numbers_come_back_bit_by_bit(tmp_path):
     nothing=None,
   )
   book.close()
-  first, second = ledger.read(path)
+  first, second = records.read(path)
   assert first["step"] == 1
   back_n = np.asarray(first["floats"]).astype(np.float32)
   np.testing.assert_array_equal(
@@ -205,12 +205,12 @@ def test_a_full_disk_leaves_no_half_record(path):
   assert path.read_bytes() == before
   book.append("step", step=3)
   book.close()
-  assert len(ledger.read(path)) == 8
+  assert len(records.read(path)) == 8
 
 
 def test_a_second_process_cannot_write_the_same_ledger(path):
   book = Ledger(path)
-  code = f"from var_jax.training.ledger import Ledger; Ledger({str(path)!r})"
+  code = f"from var_jax.ledger.records import Ledger; Ledger({str(path)!r})"
   command = [sys.executable, "-c", code]
   held = subprocess.run(command, capture_output=True, text=True)
   assert "is being written by another process; stop that run" in held.stderr
@@ -227,7 +227,7 @@ def test_a_bucket_is_refused():
 # that JAX is imported once; says who each is, and its end.
 WRITERS = """
 import os, sys
-from var_jax.training.ledger import Ledger
+from var_jax.ledger.records import Ledger
 for line in sys.stdin:
   writer = os.fork()
   if not writer:
@@ -259,10 +259,10 @@ def test_a_kill_at_any_moment_leaves_a_readable_ledger(tmp_path):
       time.sleep(rng.uniform(0.0, 0.01))
       os.kill(writer, signal.SIGKILL)
       assert int(writers.stdout.readline()) == signal.SIGKILL
-      before, count = count, len(ledger.read(path))
+      before, count = count, len(records.read(path))
       assert count >= before
     writers.stdin.close()
   book = Ledger(path)
   book.append("end", step=0)
   book.close()
-  assert len(ledger.read(path)) == count + 1
+  assert len(records.read(path)) == count + 1

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from var_jax.training import ledger, provenance
+from var_jax.ledger import provenance, records
 
 CONFIG = {"optimizer": {"rate": 0.1, "betas": (0.9, 0.95)}, "steps": 5}
 
@@ -42,10 +42,10 @@ def package(tmp_path, monkeypatch):
 def test_a_description_is_the_same_when_it_comes_out_of_a_ledger(tmp_path):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
   here = provenance.describe(CONFIG, mesh)
-  book = ledger.Ledger(tmp_path / "ledger.jsonl")
+  book = records.Ledger(tmp_path / "ledger.jsonl")
   book.append("start", step=0, provenance=here)
   book.close()
-  (record,) = ledger.read(tmp_path / "ledger.jsonl")
+  (record,) = records.read(tmp_path / "ledger.jsonl")
   assert record["provenance"] == here
   assert provenance.differences(record["provenance"], here) == []
   assert provenance.differences(here, provenance.describe(CONFIG, mesh)) == []

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from var_jax.training import ledger
-from var_jax.training.history import History
-from var_jax.training.ledger import Recorder
+from var_jax.ledger import records
+from var_jax.ledger.history import History
+from var_jax.ledger.records import Recorder
 
 
 class Run:
@@ -185,4 +185,4 @@ def test_a_batch_is_compared_with_the_samples_of_its_step(run):
 def test_a_history_of_records_is_that_of_their_file(run):
   run.step(1)
   history = run.history()
-  assert History(ledger.read(run.path)).steps == history.steps
+  assert History(records.read(run.path)).steps == history.steps

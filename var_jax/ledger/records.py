@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from var_jax.training import digests
+from var_jax.ledger import digests
 
 _NO_RECORD = "0" * 64  # the `previous` of the first record
 _SEAL = len(',"digest":""}') + 64

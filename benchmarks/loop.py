@@ -1,0 +1,94 @@
+"""What the training loop adds to the bare jitted step, side by side.
+
+    python benchmarks/loop.py --steps 20
+
+A transformer of depth 8 on random images of the digits' tokenizer, sized so
+that a step takes about a second on two CPU cores. The bare step is the loop's
+own program on one batch; the loop reads, augments, logs and records every
+step. Both are timed in turns; medians, without compilation.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+
+from configs import tokenizer as tokenizer_presets
+from configs import var as var_presets
+from var_jax.training import loop, setup
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--steps", type=int, default=20, help="of each turn")
+  parser.add_argument("--turns", type=int, default=3)
+  parser.add_argument("--batch", type=int, default=64)
+  args = parser.parse_args()
+
+  bare, whole, waits = [], [], []
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    config = var_config(folder, args.steps, args.batch)
+    run = setup.open_run(config, folder / "bare")
+    for turn in range(args.turns):
+      bare += bare_steps(run, args.steps)
+      records = loop_steps(config, folder / f"run{turn}")
+      whole += [record["step_seconds"] for record in records]
+      waits += [record["data_wait_share"] for record in records]
+  step, in_loop = statistics.median(bare), statistics.median(whole)
+  record = {
+    "device": jax.devices()[0].device_kind,
+    "batch": args.batch,
+    "bare_step_seconds": round(step, 4),
+    "loop_step_seconds": round(in_loop, 4),
+    "overhead": round(in_loop / step - 1.0, 4),
+    "data_wait_share": round(statistics.median(waits), 4),
+  }
+  print(json.dumps(record))
+
+
+def var_config(folder: pathlib.Path, steps: int, batch: int):
+  """Return the config of a run on a tokenizer that is made here."""
+  tokenizer = tokenizer_presets.get_config("tiny")
+  tokenizer.steps, tokenizer.data.batch_size = 1, 4
+  loop.train(tokenizer, folder / "tokenizer")
+  config = var_presets.get_config("tiny")
+  config.tokenizer_path = str(folder / "tokenizer")
+  config.model.update(depth=8, width=256, heads=4)
+  config.data.batch_size = batch
+  config.data.transform = "jitter"
+  config.steps, config.checkpoint_every = steps, steps
+  config.log_every = 1
+  return config
+
+
+def bare_steps(run: setup.Run, steps: int) -> list[float]:
+  """Return the seconds of each step but the first, which may compile."""
+  feed = run.feed(0)
+  batch, state = feed.take(), run.fresh()
+  feed.close()
+  seconds = []
+  for _ in range(steps):
+    start = time.perf_counter()
+    state, metrics = run.program.step(state, batch, None)
+    jax.block_until_ready(metrics)
+    seconds.append(time.perf_counter() - start)
+  return seconds[1:]
+
+
+def loop_steps(config, workdir: pathlib.Path) -> list[dict]:
+  """Return what the loop logged of each step but the first and the last.
+
+  The last one saves.
+  """
+  loop.train(config, workdir)
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines[1:-1]]
+
+
+if __name__ == "__main__":
+  main()
