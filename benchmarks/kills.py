@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS, EVERY = 60, 3
+STEPS, EVERY = 120, 3
 SETTINGS = {
   "steps": STEPS,
   "checkpoint_every": EVERY,

@@ -9,7 +9,6 @@ import ml_collections
 from var_jax import VARConfig
 from var_jax.training.config import run_config, section
 from var_jax.training.optim import OptimizerConfig
-from var_jax.training.progressive import ProgressiveConfig
 from var_jax.training.var_step import VARLossConfig
 
 IMAGENET_STEPS_PER_EPOCH = {768: 1669, 1024: 1252}  # 1,281,167 images
@@ -52,12 +51,9 @@ def get_config(preset: str = "d16") -> ml_collections.ConfigDict:
 def _config(preset: str) -> ml_collections.ConfigDict:
   depth, batch_size, epochs, rate, gamma, final, decay_end = PRESETS[preset]
   config = run_config("var")
-  config.tokenizer_path = ""  # the workdir of a trained tokenizer
   config.data.source = "folder:/path/to/imagenet"
   config.data.batch_size = batch_size
   config.data.workers = 8
-  config.data.token_cache = ""  # a folder; train from the tokens in it
-  config.data.cache_crops = 1  # an image, of a cache that is written
 
   # VAR: width 64 and one head a layer of depth, drop path growing with it.
   config.model = section(
@@ -73,7 +69,6 @@ def _config(preset: str) -> ml_collections.ConfigDict:
     dtype="auto",
   )
   config.loss = section(VARLossConfig)
-  config.progressive = section(ProgressiveConfig)
   # VAR: warm-up takes a fiftieth of the epochs.
   config.optimizer = section(
     OptimizerConfig,

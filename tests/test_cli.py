@@ -305,7 +305,10 @@ TINY = ("train", "--config", ROOT / "configs" / "var.py:tiny")
   "settings, parts",
   [
     ({"data.source": "tfds:mnits"}, ["mnits", "mnist"]),
-    ({"data.batch_size": 15, "accumulate": 2}, ["batch 15", "multiple of 2"]),
+    ({"data.batch_size": 15, "accumulate": 2}, ["batch_size 15", "2 parts"]),
+    ({"progressive.until": 0.5}, ["first 4", "3 scales"]),
+    ({"keep_every": 30}, ["keep_every 30", "checkpoint_every 20"]),
+    ({"optimizer.final_factor": -1.0}, ["final_factor -1.0"]),
     ({"eval_every": 1, "data.source": "npz:{npz}"}, ["'train', not 'val'"]),
     ({"data.source": "npz:{no_images}"}, ["no array 'images'"]),
     ({"data.source": "npz:{float_labels}"}, ["labels are float"]),
@@ -349,7 +352,7 @@ def test_a_workdir_that_cannot_be_made(workdir, tmp_path, capsys):
   (tmp_path / "file").write_text("")
   settings = f"--config.tokenizer_path={workdir}"
   assert run(*TINY, "--workdir", tmp_path / "file" / "run", settings) == 1
-  assert_one_line(capsys, "file is no folder", "use another one")
+  assert_one_line(capsys, "cannot be made", "use another one")
 
 
 @pytest.mark.parametrize("steps", [("0", "2"), ("1", "x")])

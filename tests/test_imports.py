@@ -39,6 +39,7 @@ ALLOWED = {
     "demo",
     "training",
     "generation",
+    "parallel",
     "images",
     "checkpoints",
     "files",

@@ -20,7 +20,6 @@ from var_jax.models.transformer import VARConfig
 from var_jax.training import checks, loop
 from var_jax.training.config import run_config, section
 from var_jax.training.optim import OptimizerConfig
-from var_jax.training.progressive import ProgressiveConfig
 from var_jax.training.tokenizer_step import TokenizerLossConfig
 from var_jax.training.var_step import VARLossConfig
 
@@ -239,8 +238,6 @@ def var_config(tokenizer_path: str = "") -> ml_collections.ConfigDict:
   """Return the transformer's config: 4 layers of 128, 1.2M parameters."""
   config = _common("var", steps=1200, batch_size=32)
   config.tokenizer_path = tokenizer_path
-  config.data.token_cache = ""
-  config.progressive = section(ProgressiveConfig)
   config.ema_decay = 0.995
   config.model = section(
     VARConfig,

@@ -21,8 +21,14 @@ from configs import var as var_presets
 from var_jax.ledger import history
 from var_jax.training import caching, loop
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "elastic_run.py"
-ROOT = SCRIPT.parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = """
+import json, pathlib, ml_collections
+
+def get_config():
+  text = pathlib.Path(__file__).with_suffix(".json").read_text()
+  return ml_collections.ConfigDict(json.loads(text))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -42,35 +48,47 @@ def config(tmp_path_factory):
   config.steps, config.checkpoint_every, config.keep_checkpoints = 40, 10, 10
   config.log_every = 1
   caching.build(config, folder / "cache")
-  path = folder / "config.json"
-  path.write_text(config.to_json())
+  path = folder / "config.py"
+  path.write_text(CONFIG)
+  path.with_suffix(".json").write_text(config.to_json())
   return path
 
 
-def train(config, workdir, devices, processes=1):
+def train(config, workdir, devices, processes=1, steps=40):
   """Train in new processes; raise if one fails."""
   environment = os.environ | {
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(ROOT),
   }
-  # Programs of several processes are not looked for among kept ones.
-  several = [[]]
+  several = [{}]
   if processes > 1:
-    del environment["JAX_COMPILATION_CACHE_DIR"]
+    # Programs of several processes are not looked for among kept ones.
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       port = free.getsockname()[1]
-    several = [[str(i), str(processes), str(port)] for i in range(processes)]
+    several = [
+      {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(i),
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+      }
+      for i in range(processes)
+    ]
+  command = [sys.executable, "-m", "var_jax.cli", "train"]
+  command += ["--config", str(config), "--workdir", str(workdir)]
+  command += [f"--config.steps={steps}"]
   started = [
     subprocess.Popen(
-      [sys.executable, str(SCRIPT), str(config), str(workdir), *arguments],
-      env=environment,
+      command,
+      cwd=ROOT,
+      env=environment | place,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
     )
-    for arguments in several
+    for place in several
   ]
   for process in started:
     output, _ = process.communicate(timeout=600)
@@ -118,3 +136,32 @@ def test_a_run_goes_on_with_other_devices_and_processes(config, tmp_path):
   assert np.mean(losses[-5:]) < losses[0]
   config_json = json.loads((at30 / "config.json").read_text())
   assert config_json["class_names"] == [str(i) for i in range(10)]
+
+
+def test_a_run_begins_on_two_processes_as_on_one_device(config, tmp_path):
+  train(config, tmp_path / "two", devices=1, processes=2, steps=3)
+  train(config, tmp_path / "one", devices=1, steps=3)
+  told, expected = (
+    history.History.read(tmp_path / name / "ledger.jsonl")
+    for name in ("two", "one")
+  )
+  assert list(told.steps) == [1, 2, 3]
+  for step, record in told.steps.items():
+    there = expected.steps[step]
+    assert record["batch_digest"] == there["batch_digest"], step
+    assert record["loss"] == pytest.approx(there["loss"], rel=1e-4), step
+  assert (tmp_path / "two" / "tokenizer" / "config.json").exists()
+
+
+def test_a_process_that_knows_no_number_is_told(config, tmp_path):
+  environment = os.environ | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}
+  done = subprocess.run(
+    [sys.executable, "-m", "var_jax.cli", "train", "--config", str(config)]
+    + ["--workdir", str(tmp_path / "run")],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1
+  assert done.stderr.startswith("var-jax: JAX_NUM_PROCESSES is '' and")

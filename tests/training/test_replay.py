@@ -150,7 +150,7 @@ def test_a_changed_checkpoint_is_named(copy, capsys):
 
 @pytest.mark.parametrize(
   "first, last, message",
-  [(4, 3, "4..3 are no range"), (5, 9, "no step 7, it ends at 6")],
+  [(4, 3, "4..3 are no range"), (5, 9, "no step 7, its last is 6")],
 )
 def test_steps_that_were_not_taken(run, first, last, message):
   with pytest.raises(ValueError, match=message):

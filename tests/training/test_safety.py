@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -16,7 +18,7 @@ from configs import tokenizer as tokenizer_presets
 from configs import var as var_presets
 from var_jax.checkpoints import store, weights
 from var_jax.ledger import history
-from var_jax.training import loop, observer, preemption
+from var_jax.training import loop, observer, preemption, replay
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,13 @@ def test_another_config_is_used_where_that_is_allowed(
 ):
   workdir = tmp_path / "changed"
   shutil.copytree(undisturbed, workdir)
-  config = var_config(tokenizer, **{"steps": 9, "model.dropout": 0.1})
+  settings = {
+    "steps": 9,
+    "model.dropout": 0.1,
+    "optimizer.clip_norm": 0.0,
+    "ema_decay": 0.9,
+  }
+  config = var_config(tokenizer, **settings)
   loop.train(config, workdir, allow_config_change=True)
   assert store.latest_step(workdir) == 9
   there = json.loads((workdir / "config.json").read_text())
@@ -117,6 +125,16 @@ def test_another_config_is_used_where_that_is_allowed(
   # Weights of before the change belong to it still.
   shutil.rmtree(workdir / "checkpoints" / "9")
   assert_same_params(workdir, undisturbed)
+
+
+def test_a_batch_cannot_change_within_a_workdir(
+  tokenizer, undisturbed, tmp_path
+):
+  workdir = tmp_path / "changed"
+  shutil.copytree(undisturbed, workdir)
+  config = var_config(tokenizer, **{"data.batch_size": 4, "steps": 9})
+  with pytest.raises(ValueError, match="batch_size 4 is not that of .*8, 8; "):
+    loop.train(config, workdir, allow_config_change=True)
 
 
 def test_a_change_that_fits_no_checkpoint_changes_nothing(
@@ -234,12 +252,97 @@ def test_a_run_that_rolled_back_resumes_as_if_it_was_not_stopped(
   assert not records(again).contradictions
 
 
+def test_sigterm_does_not_change_what_is_rolled_back_to(
+  spiky, tokenizer, tmp_path, monkeypatch
+):
+  whole = spiky / "rollback"
+  record = records(whole).rollbacks[0]
+  config = spiky_config(tokenizer, spiky, "rollback")
+  config.keep_checkpoints = 1
+  # Saved between the checkpoint that counts and the spike.
+  read = record["to_step"] + 1
+  assert read + 1 < record["step"]
+  with monkeypatch.context() as patch:
+    at_step(patch, read, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(preemption.Preempted):
+      loop.train(config, tmp_path)
+  loop.train(config, tmp_path)
+  assert records(tmp_path).rollbacks[0]["to_step"] == record["to_step"]
+  assert_same_params(tmp_path, whole)
+
+
+def test_a_last_step_that_is_refused_is_saved_all_the_same(tokenizer, tmp_path):
+  config = var_config(tokenizer, **{"guard.policy": "rollback", "steps": 2})
+  config.optimizer.learning_rate = 1e30  # step 1 is the last good one
+  loop.train(config, tmp_path)
+  (record,) = records(tmp_path).rollbacks
+  assert (record["step"], record["to_step"]) == (2, 0)
+  assert store.latest_step(tmp_path) == 2
+  assert np.isfinite(params_of(tmp_path)["params"]["pos"]).all()
+
+
+def test_growing_in_parts_with_workers_resumes_and_replays(tokenizer, tmp_path):
+  settings = {
+    "progressive.until": 0.7,
+    "progressive.first": 0,
+    "accumulate": 2,
+    "data.workers": 1,
+    "model.remat": "dots",
+    "model.dropout": 0.1,
+  }
+  config = var_config(tokenizer, **settings)
+  loop.train(config, tmp_path / "whole")
+  shutil.copytree(tmp_path / "whole", tmp_path / "again")
+  shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
+  loop.train(config, tmp_path / "again")
+  assert_same_params(tmp_path / "again", tmp_path / "whole")
+  lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+  scales = [sum("loss_scale" in key for key in json.loads(x)) for x in lines]
+  assert scales[0] == 1 and scales[-1] == 3 and scales == sorted(scales)
+  again = replay.Replay(tmp_path / "again", 3, 6)
+  assert [v.differs for v in again.verdicts()] == [()] * 4
+  assert again.causes == []
+
+
+@pytest.mark.parametrize("name", ["", "gs://bucket/run", "http://host/run"])
+def test_a_workdir_is_a_folder(tokenizer, name):
+  with pytest.raises(ValueError, match="is no folder on a file system"):
+    loop.train(var_config(tokenizer), name)
+
+
+def test_a_folder_that_is_no_runs_is_left_alone(tokenizer, tmp_path):
+  (tmp_path / "README.md").write_text("mine")
+  with pytest.raises(ValueError, match="has a README.md and is no run's"):
+    loop.train(var_config(tokenizer), tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_two_runs_cannot_begin_in_one_workdir(tokenizer, tmp_path):
+  held = f"""
+import sys
+from var_jax.ledger.records import Ledger
+ledger = Ledger({str(tmp_path / "ledger.jsonl")!r})
+print("held", flush=True)
+sys.stdin.read()
+"""
+  with subprocess.Popen(
+    [sys.executable, "-c", held], stdin=-1, stdout=-1, text=True
+  ) as other:
+    other.stdout.readline()
+    with pytest.raises(ValueError, match="is being written by another"):
+      loop.train(var_config(tokenizer), tmp_path)
+    other.stdin.close()
+  assert [path.name for path in tmp_path.iterdir()] == ["ledger.jsonl"]
+  loop.train(var_config(tokenizer, steps=1), tmp_path)
+
+
 def test_rolling_back_without_end_is_an_error(tokenizer, tmp_path):
   config = var_config(tokenizer, **{"guard.policy": "rollback"})
   config.optimizer.learning_rate = 1e30
-  with pytest.raises(ValueError, match="3 rollbacks to step 0"):
+  with pytest.raises(ValueError, match="after 3 rollbacks to step 4"):
     loop.train(config, tmp_path)
-  assert [r["to_step"] for r in records(tmp_path).rollbacks] == [0, 0, 0]
+  # That a rolled back state was saved on the way does not start a new count.
+  assert [r["to_step"] for r in records(tmp_path).rollbacks] == [0, 0, 4]
 
 
 # Orbax drops its coroutines unawaited when one of them fails.

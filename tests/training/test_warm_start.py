@@ -16,7 +16,15 @@ from var_jax.data import sources
 from var_jax.models import resize
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.models.transformer import VAR, VARConfig
-from var_jax.training import loop, tokenizer_step, var_step, warm_start
+from var_jax.parallel.mesh import make_mesh
+from var_jax.training import (
+  loop,
+  tokenizer_program,
+  tokenizer_step,
+  var_program,
+  var_step,
+  warm_start,
+)
 
 OLD = golden_files.VARIANTS["A"]  # scales 1, 2, 3, 4; ten classes
 POSITIONS = ("pos", "pos_start", "lvl_emb")
@@ -190,7 +198,9 @@ def test_other_classes_are_said_and_the_rest_is_kept(
   images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3))
   np.savez(path, images=images.astype(np.uint8), labels=np.arange(8) % 2)
   source = sources.open_source(f"npz:{path}", "train")
-  program = loop.var_program(fine_tuning(pretrained), source, tmp_path / "run")
+  program = var_program.make(
+    fine_tuning(pretrained), make_mesh(), source, tmp_path / "run"
+  )
   params = program.init().params["params"]
   out = capsys.readouterr().out
   assert "class embedding: new, 10 classes there and 2 here" in out
@@ -220,14 +230,14 @@ def test_the_average_is_the_start_and_tokenizer_path_comes_first(
 
   config = fine_tuning(run, tokenizer_path=str(other))
   source = sources.open_source("digits", "train")
-  program = loop.var_program(config, source, tmp_path / "run")
+  program = var_program.make(config, make_mesh(), source, tmp_path / "run")
   params = program.init().params["params"]
   assert_same_but(doubled["params"], params, {})
   (tmp_path / "run").mkdir()
   program.prepare()
   _, copied = weights.read_tokenizer(tmp_path / "run" / "tokenizer")
   jax.tree.map(np.testing.assert_array_equal, copied, tripled)
-  made = loop._origin(config, source)
+  made = program.description.origin
   assert made["licence"] == "cc-by-nc-4.0"
   assert str(run) in made["made_by"]
 
@@ -252,10 +262,12 @@ def test_a_tokenizer_is_no_start_for_a_transformer(pretrained, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_starts_from_a_tokenizer(pretrained):
+def test_a_tokenizer_starts_from_a_tokenizer(pretrained, tmp_path):
   config = tokenizer_presets.get_config("tiny")
   config.init_from = str(pretrained)  # its frozen tokenizer
   source = sources.open_source("digits", "train")
-  state = loop.tokenizer_program(config, source).init()
+  state = tokenizer_program.make(
+    config, make_mesh(), source, tmp_path / "run"
+  ).init()
   _, old = weights.read_tokenizer(pretrained)
   jax.tree.map(np.testing.assert_array_equal, state.params, old)

@@ -81,6 +81,20 @@ def handler() -> ocp.PyTreeCheckpointHandler:
   )
 
 
+def alone() -> ocp.Checkpointer:
+  """Return a checkpointer of this process, whatever the others do."""
+  this = jax.process_index()
+  several = jax.process_count() > 1
+  return ocp.Checkpointer(
+    handler(),
+    multiprocessing_options=ocp.options.MultiprocessingOptions(
+      primary_host=this,
+      active_processes={this} if several else None,
+      barrier_sync_key_prefix="alone" if several else None,
+    ),
+  )
+
+
 @contextlib.contextmanager
 def writing(step: epath.Path):
   """Turn what Orbax raises into one line, and keep it from logging.

@@ -28,6 +28,8 @@ class Store:
     keep: how many of the newest to keep.
     keep_best: how many of the lowest held-out loss to keep beside them.
     keep_every: keep all multiples of it; 0 is off.
+    every: regular steps are multiples of it. `keep` counts those; any other
+      that is the newest is kept beside them.
     read_only: restore alone; nothing is made or tidied up.
   """
 
@@ -38,12 +40,16 @@ class Store:
     *,
     keep_best: int = 0,
     keep_every: int = 0,
+    every: int = 1,
     read_only: bool = False,
   ):
     self._workdir = epath.Path(workdir).absolute()
     self._saving: int | None = None  # the step under way
     managers = ocp.checkpoint_managers
-    policies = [managers.LatestN(keep)]
+    policies = [
+      managers.LatestN(1),
+      managers.EveryNSteps(every, max_to_keep=keep),
+    ]
     if keep_best:
       policies.append(
         managers.BestN(

@@ -217,10 +217,7 @@ def read_code_hits(step: epath.Path, cfg: TokenizerConfig) -> np.ndarray | None:
     return None
   shape = (len(cfg.scales), cfg.vocab_size)
   wanted = {"code_hits_SV": jax.ShapeDtypeStruct(shape, jnp.float32)}
-  with (
-    store.readable(step),
-    ocp.Checkpointer(orbax_trees.handler()) as checkpointer,
-  ):
+  with store.readable(step), orbax_trees.alone() as checkpointer:
     restore_args = {"code_hits_SV": ocp.RestoreArgs(restore_type=np.ndarray)}
     found = checkpointer.restore(
       item,
@@ -245,10 +242,7 @@ def write_model(
   items = {"params": variables}
   if code_hits_SV is not None:
     items["training"] = {"code_hits_SV": code_hits_SV}
-  with (
-    orbax_trees.writing(step),
-    ocp.Checkpointer(orbax_trees.handler()) as checkpointer,
-  ):
+  with orbax_trees.writing(step), orbax_trees.alone() as checkpointer:
     for name, tree in items.items():
       chunks = ocp.SaveArgs(chunk_byte_size=orbax_trees.CHUNK_BYTES)
       save_args = jax.tree.map(lambda _, chunks=chunks: chunks, tree)

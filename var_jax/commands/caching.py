@@ -24,9 +24,11 @@ def add(commands) -> None:
 
 
 def _cache(args) -> int:
+  from var_jax.parallel import multihost
   from var_jax.training import caching
 
   config = read_config(args.config, args.overrides)
+  multihost.initialize()
   try:
     caching.build(config, args.output)
   except caching.Stopped as stopped:

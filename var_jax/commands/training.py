@@ -57,10 +57,12 @@ def _demo(args) -> None:
 
 
 def _train(args) -> int:
+  from var_jax.parallel import multihost
   from var_jax.training import loop
   from var_jax.training.preemption import Preempted
 
   config = read_config(args.config, args.overrides)
+  multihost.initialize()
   try:
     loop.train(
       config, args.workdir, allow_config_change=args.allow_config_change
@@ -72,8 +74,10 @@ def _train(args) -> int:
 
 
 def _replay(args) -> None:
+  from var_jax.parallel import multihost
   from var_jax.training.replay import Replay
 
+  multihost.initialize()
   replay = Replay(args.workdir, args.first, args.last)
   for cause in replay.causes:
     print(f"not as it was: {cause}")

@@ -121,12 +121,13 @@ def check(manifest: Manifest, checksum: str, config) -> None:
       "it is of, or write a new cache."
     )
   pairs = {
-    "source": (_name(there.source), _name(config.data.source)),
+    "source": (there.source, config.data.source),
     "transform": (there.transform, config.data.transform),
     "flip": (there.flip, config.data.flip),
   }
   for name, (cached, here) in pairs.items():
-    if cached != here:
+    same = _name(cached) == _name(here) if name == "source" else cached == here
+    if not same:
       raise ValueError(
         f"token cache {path} is of another config: data.{name} is {cached!r} "
         f"there and {here!r} here; set that, or write a new cache."

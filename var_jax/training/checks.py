@@ -1,7 +1,7 @@
 """What a config must say, and whether a workdir is of the same one."""
 
 import json
-import os
+import tempfile
 from typing import Any
 
 import ml_collections
@@ -26,7 +26,8 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def check_config(config) -> None:
   """Raise ValueError unless the config has what every run needs."""
-  needed = [*flatten_dict(to_json(run_config("")), sep="."), *_SECTIONS]
+  shared = run_config(config.get("kind", ""))
+  needed = [*flatten_dict(to_json(shared), sep="."), *_SECTIONS]
   here = flatten_dict(to_json(config), sep=".", keep_empty_nodes=True)
   for name in needed:
     if name not in here and name not in config:
@@ -42,7 +43,7 @@ def check_config(config) -> None:
       raise ValueError(f"{name} {here[name]} is below 1; use 1 or more.")
   for name in _OFF_AT_0:
     if here[name] < 0:
-      raise ValueError(f"{name} {here[name]} is negative; 0 turns it off.")
+      raise ValueError(f"{name} {here[name]} is negative; use 0 or more.")
   if not 0 <= config.seed < 2**32:
     raise ValueError(f"seed {config.seed} is not in 0..2^32-1; use such a one.")
   if not 0.0 <= config.ema_decay < 1.0:
@@ -53,6 +54,16 @@ def check_config(config) -> None:
     raise ValueError(
       f"data.on_broken {config.data.on_broken!r} is not known; use fail or "
       "skip."
+    )
+  if config.data.batch_size % config.accumulate:
+    raise ValueError(
+      f"data.batch_size {config.data.batch_size} is not divisible into "
+      f"accumulate {config.accumulate} parts; use a multiple of it."
+    )
+  if config.keep_every % config.checkpoint_every:
+    raise ValueError(
+      f"keep_every {config.keep_every} is no multiple of checkpoint_every "
+      f"{config.checkpoint_every}: no other step is saved; use one."
     )
   every = config.eval_every
   if config.keep_best and (not every or config.checkpoint_every % every):
@@ -93,11 +104,14 @@ def check_workdir(config, workdir: epath.Path, allow_change: bool) -> bool:
 def config_changes(there: dict, here: dict) -> list[str]:
   """Return a line on each setting that matters and differs."""
   there, here = (flatten_dict(config, sep=".") for config in (there, here))
+  free = set(FREE_KEYS)
+  if here.get("guard.policy") == "rollback":
+    free.remove("checkpoint_every")  # what it goes back to
   changes = []
   for name in sorted(
     there.keys() | here.keys(), key=lambda name: (name != "kind", name)
   ):
-    if name in FREE_KEYS or there.get(name) == here.get(name):
+    if name in free or there.get(name) == here.get(name):
       continue
     if name not in there and not here[name]:
       continue  # a setting that came later, and is off
@@ -109,13 +123,39 @@ def config_changes(there: dict, here: dict) -> list[str]:
   return changes
 
 
-def check_writable(workdir: epath.Path) -> None:
-  """Raise ValueError if nothing can be written into a local workdir."""
-  if "://" in str(workdir):
-    return
-  there = next(path for path in (workdir, *workdir.parents) if path.exists())
-  if not there.is_dir() or not os.access(there, os.W_OK):
-    reason = "may not be written to" if there.is_dir() else "is no folder"
+def local_folder(path: epath.PathLike) -> epath.Path:
+  """Return the path of a workdir, absolute.
+
+  Raises:
+    ValueError: it is empty, or no path of a file system: a ledger is appended
+      to, which buckets cannot do.
+  """
+  if not str(path) or "://" in str(path):
     raise ValueError(
-      f"workdir {workdir} cannot be made: {there} {reason}; use another one."
+      f"workdir {str(path)!r} is no folder on a file system; give one, or "
+      "mount the bucket."
     )
+  return epath.Path(path).absolute()
+
+
+def check_writable(workdir: epath.Path) -> None:
+  """Raise ValueError if a run would write nothing, or over somebody's files."""
+  there = next(path for path in (workdir, *workdir.parents) if path.exists())
+  try:
+    with tempfile.TemporaryDirectory(dir=there):
+      pass
+  except OSError as error:
+    raise ValueError(
+      f"workdir {workdir} cannot be made: {there} cannot be written to "
+      f"({error.strerror}); use another one."
+    ) from None
+  if any((workdir / name).exists() for name in ("config.json", "ledger.jsonl")):
+    return  # a run's, perhaps one that a kill met early
+  for name in _WRITTEN:
+    if (workdir / name).exists():
+      raise ValueError(
+        f"workdir {workdir} has a {name} and is no run's; give a new folder."
+      )
+
+
+_WRITTEN = ("README.md", "metrics.jsonl", "parameters.txt", "checkpoints")

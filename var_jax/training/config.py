@@ -6,6 +6,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from var_jax.training.guard import GuardConfig
+from var_jax.training.progressive import ProgressiveConfig
 
 
 def run_config(kind: str) -> ml_collections.ConfigDict:
@@ -41,6 +42,11 @@ def run_config(kind: str) -> ml_collections.ConfigDict:
   config.keep_checkpoints = 2  # the newest ones
   config.keep_best = 0  # those of the lowest held-out loss
   config.keep_every = 0  # steps; 0 keeps no others
+  if kind == "var":
+    config.tokenizer_path = ""  # the workdir of a trained tokenizer
+    config.data.token_cache = ""  # a folder; train from the tokens in it
+    config.data.cache_crops = 1  # an image, of a cache that is written
+    config.progressive = section(ProgressiveConfig)
   return config
 
 

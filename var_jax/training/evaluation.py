@@ -1,13 +1,18 @@
 """Measures on held-out samples: each counted once, nothing dropped."""
 
+from collections.abc import Callable
+
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from var_jax.data import pipeline
 from var_jax.parallel import mesh as mesh_lib
+from var_jax.training import programs
 
 
-def evaluate(run, state) -> dict:
+def evaluate(
+  run, state, stopped: Callable[[], bool] = lambda: False
+) -> dict | None:
   """Return the means over the held-out split, a number a measure.
 
   The averaged weights are measured where there are any: those are what `load`
@@ -16,9 +21,13 @@ def evaluate(run, state) -> dict:
 
   Args:
     run: a `setup.Run` with a held-out source.
+    stopped: asked before each batch; if it says so, None is returned.
+
+  Raises:
+    ValueError: every sample is broken.
   """
   config, mesh = run.config, run.mesh
-  params = state.params if state.ema is None else state.ema
+  params = programs.averaged(state)
   totals, count = {}, 0.0
   batches = pipeline.evaluation_batches(
     run.held_out,
@@ -29,11 +38,18 @@ def evaluate(run, state) -> dict:
     on_broken=config.data.on_broken,
   )
   for batch in batches:
+    if stopped():
+      return None
     wanted = {name: batch[name] for name in ("image", "label", "real")}
     sums = run.program.evaluate(params, mesh_lib.to_devices(mesh, wanted))
     flat = flatten_dict(sums, sep="/")
     count += float(flat.pop("count"))
     for name, value in flat.items():
       totals[name] = totals.get(name, 0.0) + np.float64(value)
+  if not count:
+    raise ValueError(
+      "all held-out samples are broken, so nothing is measured; repair "
+      "data.eval_source, or set eval_every=0."
+    )
   means = {name: total / count for name, total in totals.items()}
   return unflatten_dict(means, sep="/")

@@ -8,7 +8,10 @@ The devices never wait for the host: while step k runs, the batch of step k + 1
 is brought to them and the numbers of step k - 1 are read.
 """
 
+import contextlib
 import dataclasses
+import time
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -16,8 +19,10 @@ import ml_collections
 from etils import epath
 
 from var_jax.checkpoints import store
+from var_jax.ledger.checksum import param_checksum
+from var_jax.parallel import multihost
 from var_jax.training import checks, evaluation, setup
-from var_jax.training.observer import Observer, Refused
+from var_jax.training.observer import Observer, Refused, open_ledger
 from var_jax.training.preemption import Preempted, Watch
 
 # Without progress between them, a cause that data cannot explain.
@@ -43,38 +48,46 @@ def train(
     OSError: a checkpoint could not be written; the one before is kept.
     Preempted: SIGTERM; the step that was reached is saved.
   """
-  workdir = epath.Path(workdir).absolute()
   checks.check_config(config)
+  workdir = checks.local_folder(workdir)
   changed = checks.check_workdir(config, workdir, allow_config_change)
   checks.check_writable(workdir)
   with Watch() as watch:
     run = setup.open_run(config, workdir)
     start = store.latest_step(workdir) or 0
     state = None if start else run.fresh()  # reads init_from
-    if not (workdir / "config.json").exists():
-      run.program.prepare()
-      run.program.description.write(workdir)  # the last of a new workdir
     if start >= config.steps:
       print(f"{workdir} is already at step {start} of {config.steps}")
       return
-    checkpoints = store.Store(
-      workdir,
-      config.keep_checkpoints,
-      keep_best=config.keep_best,
-      keep_every=config.keep_every,
-    )
-    try:
+    with contextlib.ExitStack() as closed:
+      # First of all: of two runs that start at once, one finds it locked.
+      recorder = open_ledger(run, workdir, start)
+      if recorder:
+        closed.callback(recorder.close)
+      if run.is_new:
+        multihost.first_writes(lambda: _begin(run, workdir))
+      checkpoints = store.Store(
+        workdir,
+        config.keep_checkpoints,
+        keep_best=config.keep_best,
+        keep_every=config.keep_every,
+        every=config.checkpoint_every,
+      )
+      closed.callback(checkpoints.close)
       if state is None:
         state = run.restore(checkpoints, start)
       if changed:
-        run.program.description.write(workdir)
-      observer = Observer(run, workdir, start, state)
-      try:
-        _Loop(run, workdir, checkpoints, observer, watch).take(state, start)
-      finally:
-        observer.close()
-    finally:
-      checkpoints.close()
+        write = run.program.description.write
+        multihost.first_writes(lambda: write(workdir))
+      observer = Observer(run, workdir, start, state, recorder)
+      closed.callback(observer.close)
+      _Loop(run, workdir, checkpoints, observer, watch).take(state, start)
+
+
+def _begin(run: setup.Run, workdir: epath.Path) -> None:
+  """Write what a new workdir needs, config.json last."""
+  run.program.prepare()
+  run.program.description.write(workdir)
 
 
 @dataclasses.dataclass
@@ -86,59 +99,75 @@ class _Loop:
   checkpoints: store.Store
   observer: Observer
   watch: Watch
-  rollbacks: int = 0  # since the last save
+  rollbacks: int = 0  # since a save that none came before
   feed: Any = None
+  over: Any = dataclasses.field(
+    default_factory=lambda: futures.ThreadPoolExecutor(1)
+  )
   pending: tuple[int, Any] | None = None  # a step whose numbers are unread
 
   def take(self, state, step: int) -> None:
     """Take the steps after `step`, to the last."""
     steps = self.run.config.steps
+    if self.watch.asked(step):
+      raise Preempted(step, self.workdir)
     self.feed = self.run.feed(step)
     try:
       while step < steps:
         state, step = self._one_step(state, step)
-        if self.watch.asked(step):
+        if step < steps and self.watch.asked(step):
           self._preempted(state, step)
     finally:
       self.feed.close()
-    self.observer.end(steps)
+      self.over.shutdown()
+    best = self.checkpoints.best_step() if self.run.config.keep_best else None
+    self.observer.end(steps, best)
 
   def _one_step(self, state, step: int):
     """Return the state and the step that are reached."""
-    config, program = self.run.config, self.run.program
+    config = self.run.config
     batch = self.feed.take()
     step += 1
-    stage = program.stage(step - 1)
-    state, metrics = program.step(state, batch, stage)
+    state, metrics = self.run.take(state, batch, step)
     if step % config.ledger_every == 0 or step == config.steps:
-      metrics = {**metrics, "checksum": program.checksum(state.params)}
+      metrics = {**metrics, "checksum": param_checksum(state.params)}
     if step < config.steps:
-      self.observer.waited(self.feed.fetch(), metrics)
+      self._fetch(metrics)
     refused = self._settle()
-    self.observer.works_at(stage)
+    self.observer.works_at(self.run.program.stage(step - 1))
     if refused:
       # This step ran on a state that is not to be: take it again.
       self.feed.give_back(batch)
       return self._roll_back(refused)
     self.pending = (step, metrics)
-    if not self._is_boundary(step):
+    if not (self._evaluates(step) or self._saves(step)):
       return state, step
     # What a boundary writes must not run ahead of the log of its step.
     refused = self._settle()
     if refused:
-      return self._roll_back(refused)
-    loss = None
-    if config.eval_every and step % config.eval_every == 0:
-      loss = self._evaluate(state, step)
-    if step % config.checkpoint_every == 0 or step == config.steps:
+      state, step = self._roll_back(refused)
+    loss = self._evaluate(state, step) if self._evaluates(step) else None
+    if self._saves(step):
       self._save(state, step, loss)
+      self.rollbacks = self.rollbacks if refused else 0
     return state, step
 
-  def _is_boundary(self, step: int) -> bool:
+  def _evaluates(self, step: int) -> bool:
+    every = self.run.config.eval_every
+    return bool(every) and step % every == 0
+
+  def _saves(self, step: int) -> bool:
     config = self.run.config
-    evaluates = config.eval_every and step % config.eval_every == 0
-    saves = step % config.checkpoint_every == 0
-    return bool(evaluates or saves or step == config.steps)
+    return step % config.checkpoint_every == 0 or step == config.steps
+
+  def _fetch(self, metrics) -> None:
+    """Bring the next batch to the devices; note how long they had none."""
+    begin = time.monotonic()
+    over = self.over.submit(_time_of, metrics["loss"])
+    self.feed.fetch()
+    end = time.monotonic()
+    if over.done():
+      self.observer.report.waited(end - max(begin, over.result()))
 
   def _settle(self) -> int | None:
     """Read what is pending; return its step if it has to be rolled back."""
@@ -152,14 +181,17 @@ class _Loop:
     return None
 
   def _roll_back(self, step: int):
-    """Return the newest kept state, its clock at `step`.
+    """Return the newest regular state, its clock at `step`.
 
     So the batches between are passed over, and nothing else about the run
-    changes: step k still takes the positions that it would have taken.
+    changes: step k still takes the positions that it would have taken. What
+    SIGTERM saved does not count, or it would change what comes after.
     """
     self.rollbacks += 1
     self.checkpoints.wait()
-    to = store.latest_step(self.workdir) or 0
+    every = self.run.config.checkpoint_every
+    regular = [s for s in store.all_steps(self.workdir) if s % every == 0]
+    to = max(regular, default=0)
     if self.rollbacks > MAX_ROLLBACKS:
       raise ValueError(
         f"step {step} is the one after {MAX_ROLLBACKS} rollbacks to step {to} "
@@ -171,9 +203,12 @@ class _Loop:
     self.observer.rolled_back(step, to)
     return run.at_step(state, step), step
 
-  def _evaluate(self, state, step: int) -> float:
+  def _evaluate(self, state, step: int) -> float | None:
+    """Return the held-out loss, or None if there is no time left for it."""
     with self.observer.pause():
-      means = evaluation.evaluate(self.run, state)
+      means = evaluation.evaluate(self.run, state, self.watch.noticed)
+      if means is None:
+        return None
       pictures = self.run.program.pictures(self.run, state)
     self.observer.evaluation(step, means, pictures)
     return means[self.run.program.held_out_loss]
@@ -186,7 +221,6 @@ class _Loop:
       position=step * self.run.config.data.batch_size,
       loss=loss,
     )
-    self.rollbacks = 0
 
   def _preempted(self, state, step: int) -> None:
     """Save the step that is reached, and leave."""
@@ -198,3 +232,9 @@ class _Loop:
       self._save(state, step)
     self.checkpoints.wait()
     raise Preempted(step, self.workdir)
+
+
+def _time_of(array: jax.Array) -> float:
+  """Wait for an array; return when it was there."""
+  array.block_until_ready()
+  return time.monotonic()

@@ -22,6 +22,22 @@ MAX_SKIPPED = 100
 _SHOWN = 8  # sample indices in a message; the ledger has them all
 
 
+def open_ledger(run, workdir: epath.Path, start: int) -> Recorder | None:
+  """Return the ledger of a run, which no other process can then open.
+
+  Of several processes the first writes; the others have none.
+  """
+  if jax.process_index():
+    return None
+  config = run.config
+  return Recorder(
+    workdir / "ledger.jsonl",
+    start,
+    provenance.describe(checks.to_json(config), run.mesh),
+    position=start * config.data.batch_size,
+  )
+
+
 class Refused(Exception):
   """A step's update was refused, and the policy is to roll back."""
 
@@ -31,21 +47,15 @@ class Observer:
 
   Args:
     run: a `setup.Run`.
+    recorder: what `open_ledger` returned.
   """
 
-  def __init__(self, run, workdir: epath.Path, start: int, state):
+  def __init__(self, run, workdir: epath.Path, start: int, state, recorder):
     config, program = run.config, run.program
     self._run, self._workdir = run, workdir
     self._broken = set(_lines(workdir / "broken.txt"))
     self._skipped = 0  # updates in a row
-    self._recorder = None  # of several processes the first writes
-    if jax.process_index() == 0:
-      self._recorder = Recorder(
-        workdir / "ledger.jsonl",
-        start,
-        provenance.describe(checks.to_json(config), run.mesh),
-        position=start * config.data.batch_size,
-      )
+    self._recorder = recorder
     self.report = Report(
       workdir=workdir,
       start=start,
@@ -55,7 +65,8 @@ class Observer:
       devices=run.mesh.size,
       device_kind=run.mesh.devices.flat[0].device_kind,
     )
-    self.report.overview(state.params)
+    if not start:
+      self.report.overview(state.params)
     self.pause = self.report.pause
 
   def works_at(self, stage: int | None) -> None:
@@ -63,11 +74,6 @@ class Observer:
     work = self._run.program.work(stage)
     self.report.tokens_per_image = work.tokens_per_image
     self.report.flops_per_step = work.flops_per_step
-
-  def waited(self, seconds: float, metrics) -> None:
-    """Count seconds of fetching, if the step was over by their end."""
-    if metrics["loss"].is_ready():
-      self.report.waited(seconds)
 
   def step(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Take note of a step's numbers.
@@ -115,14 +121,15 @@ class Observer:
     if self._recorder:
       self._recorder.flush()
 
-  def end(self, step: int) -> None:
+  def end(self, step: int, best: int | None) -> None:
+    """Note that the run is over; `best` is its best step, where one is kept."""
+    if best is not None:
+      self.report.message(f"the best checkpoint that is kept is of step {best}")
     if self._recorder:
       self._recorder.end(step)
 
   def close(self) -> None:
     self.report.close()
-    if self._recorder:
-      self._recorder.close()
 
   def _note_broken(self, batch) -> None:
     if not np.any(batch["skipped"]):
@@ -151,7 +158,7 @@ class Observer:
     if policy == "stop":
       raise ValueError(
         f"{what}; look at them, or lower the learning rate, or set "
-        "guard.policy to skip or rollback."
+        "guard.policy to skip or rollback (with --allow-config-change)."
       )
     if policy == "skip" and self._skipped > MAX_SKIPPED:
       raise ValueError(

@@ -48,12 +48,19 @@ class OptimizerConfig:
       )
     for name in ("b1", "b2", "warmup_fraction"):
       if not 0.0 <= getattr(self, name) < 1.0:
-        raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1).")
-    for name in ("clip_norm", "weight_decay", "eps"):
-      if getattr(self, name) < 0:
         raise ValueError(
-          f"{name} {getattr(self, name)} is negative; 0 turns it off."
+          f"{name} {getattr(self, name)} is not in [0, 1); use such a value."
         )
+    for name in ("warmup_start", "final_factor"):
+      if not 0.0 <= getattr(self, name) <= 1.0:
+        raise ValueError(
+          f"{name} {getattr(self, name)} is not in [0, 1]; it is a factor of "
+          "the peak rate."
+        )
+    for name in ("clip_norm", "weight_decay", "eps", "weight_decay_end"):
+      value = getattr(self, name)
+      if value is not None and not value >= 0:
+        raise ValueError(f"{name} {value} is negative; 0 turns it off.")
 
 
 def make_optimizer(
@@ -68,9 +75,12 @@ def make_optimizer(
     optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
     _decay_and_scale(*schedules(cfg, steps=steps, batch_size=batch_size)),
   )
-  if not cfg.clip_norm:
-    return adamw
-  return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adamw)
+  # Without a clip something without state is in its place: a run can go on
+  # with one or the other.
+  clip = optax.identity()
+  if cfg.clip_norm:
+    clip = optax.clip_by_global_norm(cfg.clip_norm)
+  return optax.chain(clip, adamw)
 
 
 def _decay_and_scale(rate: Schedule, decay: Schedule):

@@ -1,5 +1,6 @@
 """SIGTERM: noticed between two steps, so that the current one can be saved."""
 
+import os
 import signal
 import threading
 
@@ -11,9 +12,9 @@ class Preempted(Exception):
   """A run was told to stop; the step it had reached is saved."""
 
   def __init__(self, step: int, workdir):
+    what = f"step {step} is saved" if step else "no step was taken yet"
     super().__init__(
-      f"stopped by SIGTERM; step {step} is saved in {workdir}: run the same "
-      "command to go on."
+      f"stopped by SIGTERM; {what} in {workdir}: run the same command to go on."
     )
     self.step = step
 
@@ -42,5 +43,12 @@ class Watch:
       return multihost_utils.reached_preemption_sync_point(step)
     return self._asked
 
+  def noticed(self) -> bool:
+    """Return whether this process was asked; between steps use `asked`."""
+    # Of several processes each would leave on its own.
+    return self._asked and jax.process_count() == 1
+
   def _note(self, number, frame) -> None:
+    if not self._asked:
+      os.write(2, b"SIGTERM: saving after the step that is under way\n")
     self._asked = True

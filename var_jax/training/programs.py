@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from var_jax.checkpoints.description import Description
 from var_jax.models.layers import resolve_dtype
@@ -43,7 +44,6 @@ class Program(NamedTuple):
   evaluate: Callable[[Any, Mapping], Mapping]  # sums over a batch
   pictures: Callable[..., Mapping[str, np.ndarray]]  # (run, state)
   prepare: Callable[[], None]  # writes what a new workdir needs
-  checksum: Callable[[Any], jax.Array]
   tokenizer_checksum: Callable[[], str]
   held_out_loss: str  # the measure that the best checkpoint has least of
   work: Callable[[int | None], Work]  # of a step, by stage
@@ -100,13 +100,20 @@ def init_key(config) -> jax.Array:
   return jax.random.key(config.seed, impl="rbg")
 
 
-def describe(config, source, tokenizer, transformer) -> Description:
+def describe(
+  config, source, workdir: epath.Path, tokenizer, transformer
+) -> Description:
+  """Return the description of a run; its origin is that of its beginning."""
+  if (workdir / "config.json").exists():
+    origin = Description.read(workdir).origin
+  else:
+    origin = _origin(config, source)
   return Description(
     tokenizer,
     transformer,
     tuple(source.class_names),
     checks.to_json(config),
-    _origin(config, source),
+    origin,
   )
 
 

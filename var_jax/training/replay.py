@@ -65,10 +65,8 @@ class Replay:
       for step in range(start + 1, self.last + 1):
         if step - 1 in rollbacks.values():
           kept[step - 1] = jax.device_get(state)
-        state, metrics = run.program.step(
-          state, feed.take(), run.program.stage(step - 1)
-        )
-        bits = run.program.checksum(state.params)
+        state, metrics = run.take(state, feed.take(), step)
+        bits = checksum.param_checksum(state.params)
         if step >= self.first:
           yield self._verdict(step, jax.device_get(metrics), bits)
         if step in rollbacks:
@@ -85,7 +83,7 @@ class Replay:
     missing = [s for s in range(first, last + 1) if s not in steps]
     if missing:
       raise ValueError(
-        f"the ledger of {self.workdir} has no step {missing[0]}, it ends at "
+        f"the ledger of {self.workdir} has no step {missing[0]}, its last is "
         f"{max(steps, default=0)}; ask for steps that were taken."
       )
 
@@ -145,7 +143,15 @@ def _causes(replay: Replay, there: Description) -> list[str]:
   newest = replay.history.starts[-1]["provenance"]["config"]
   for change in checks.config_changes(newest, there.config):
     causes.append(f"config: {change} (ledger, then config.json)")
-  return causes
+  for start in replay.history.starts:
+    if replay.first <= start["step"] < replay.last:
+      causes += [
+        f"{change} in the run itself, from step {start['step'] + 1} on"
+        for change in provenance.differences(
+          replay.recorded, start["provenance"]
+        )
+      ]
+  return causes + [str(twice) for twice in replay.history.contradictions]
 
 
 def _same(recorded: Any, here: Any) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -32,6 +33,7 @@ class Run:
   held_out: sources.Source | None  # None: nothing is evaluated
   plain: transforms.Transform  # without chance, for held-out images
   program: Program
+  is_new: bool  # nothing of it is in the workdir yet
 
   @property
   def replicated(self) -> jax.sharding.Sharding:
@@ -49,14 +51,33 @@ class Run:
       ),
       jax.eval_shape(self.program.like),
     )
-    orbax_trees.check_shapes(
-      checkpoints.folder(step) / "params", like.params["params"]
-    )
-    trees, position = checkpoints.restore(step, trees_of(like))
-    assert position == step * self.config.data.batch_size
+    folder = checkpoints.folder(step)
+    orbax_trees.check_shapes(folder / "params", like.params["params"])
+    wanted = like
+    if not (folder / "ema").exists():
+      wanted = like.replace(ema=None)
+    trees, position = checkpoints.restore(step, trees_of(wanted))
+    batch_size = self.config.data.batch_size
+    if position != step * batch_size:
+      raise ValueError(
+        f"data.batch_size {batch_size} is not that of {folder}, "
+        f"{position // step}; it cannot change within a workdir: start a new "
+        "one with config.init_from."
+      )
+    if wanted is not like:  # an average that begins here
+      trees["ema"] = jax.tree.map(jnp.copy, trees["params"])
     return like.replace(
       params=trees["params"], ema=trees["ema"], **trees["training"]
     )
+
+  def take(self, state: TrainState, batch, step: int):
+    """Return the state after step `step`, counted from 1, and its metrics."""
+    stage_of = self.program.stage
+    if step > 1 and stage_of(step - 2) != stage_of(step - 1):
+      # A scale that joins raises the loss; that is no spike.
+      zero = jax.device_put(np.float32(0.0), self.replicated)
+      state = state.replace(running_loss=zero)
+    return self.program.step(state, batch, stage_of(step - 1))
 
   def at_step(self, state: TrainState, step: int) -> TrainState:
     """Return the state with its clock at `step`."""
@@ -109,7 +130,8 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
   pipeline.check_first(source, transform, config.data.on_broken)
   if held_out is not None:
     pipeline.check_first(held_out, plain, config.data.on_broken)
-  return Run(config, mesh, source, transform, held_out, plain, program)
+  is_new = not (workdir / "config.json").exists()
+  return Run(config, mesh, source, transform, held_out, plain, program, is_new)
 
 
 def is_cached(config) -> bool:
@@ -141,10 +163,14 @@ def _held_out(config, source) -> sources.Source | None:
   held_out = sources.open_source(
     spec or config.data.source, "train" if one_split else "val"
   )
-  here, there = len(source.class_names), len(held_out.class_names)
-  if here != there:
+  here, there = tuple(source.class_names), tuple(held_out.class_names)
+  # A file without names has numbers.
+  unnamed = tuple(map(str, range(len(here)))) in (here, there)
+  if len(here) != len(there) or (here != there and not unnamed):
+    odd = [pair for pair in zip(here, there, strict=False) if len({*pair}) > 1]
+    first = f", like {odd[0][1]!r} for {odd[0][0]!r}" if odd else ""
     raise ValueError(
-      f"eval_source has {there} classes and the training source {here}; "
-      "evaluate on the same classes."
+      f"the held-out classes are not those of training: {len(there)} and "
+      f"{len(here)}{first}; set data.eval_source to the same classes."
     )
   return held_out

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from var_jax.checkpoints import weights
-from var_jax.ledger import checksum
+from var_jax.data import pipeline
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.training import (
   flops,
@@ -57,15 +57,21 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
 
   def draw(run, state) -> Mapping[str, np.ndarray]:
     n = min(config.pictures, len(run.held_out))
-    pixels = [run.plain(run.held_out[i]["image"], None) for i in range(n)]
     if not n:
       return {}
+    batches = pipeline.evaluation_batches(
+      run.held_out,
+      run.plain,
+      batch_size=n,
+      limit=n,
+      on_broken=config.data.on_broken,
+    )
     return pictures.reconstructions(
-      tokenizer, programs.averaged(state), np.stack(pixels)
+      tokenizer, programs.averaged(state), next(batches)["image"]
     )
 
   return programs.Program(
-    description=programs.describe(config, source, cfg, None),
+    description=programs.describe(config, source, workdir, cfg, None),
     init=lambda: create(start()),
     like=lambda: create(fresh()),
     step=lambda state, batch, stage: take(state, None, batch),
@@ -75,7 +81,6 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     ),
     pictures=draw,
     prepare=lambda: None,
-    checksum=checksum.param_checksum,
     tokenizer_checksum=lambda: "",
     held_out_loss="l2",
     work=lambda stage: programs.Work(

@@ -9,7 +9,6 @@ from etils import epath
 
 from var_jax.checkpoints import weights
 from var_jax.generation import sampler
-from var_jax.ledger import checksum
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import VAR, VARConfig
 from var_jax.parallel import mesh as mesh_lib
@@ -35,7 +34,7 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
   # Without config.json the copy may be one that an interrupted start left.
   copied = (workdir / "config.json").exists()
   path = config.tokenizer_path or config.init_from
-  path = workdir / "tokenizer" if copied else path
+  path = weights.tokenizer_folder(workdir) if copied else path
   if not path:
     raise ValueError(
       "tokenizer_path is empty; set config.tokenizer_path to the workdir of a "
@@ -74,6 +73,9 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     round(config.optimizer.warmup_fraction * config.steps),
     len(cfg.schedule),
   )
+
+  if growth.until:
+    progressive.stage(growth, 0, *growing)  # there is such a first scale
 
   @functools.cache  # each stage has shapes of its own: a program each
   def take(stage: int | None):
@@ -137,7 +139,9 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     return programs.Work(tokens, config.data.batch_size * each)
 
   return programs.Program(
-    description=programs.describe(config, source, tokenizer.cfg, var.cfg),
+    description=programs.describe(
+      config, source, workdir, tokenizer.cfg, var.cfg
+    ),
     init=lambda: create(start()),
     like=lambda: create(fresh()),
     step=lambda state, batch, stage: take(stage)(state, frozen, batch),
@@ -145,7 +149,6 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     evaluate=lambda params, batch: evaluate((params, frozen), batch),
     pictures=draw,
     prepare=prepare,
-    checksum=checksum.param_checksum,
     tokenizer_checksum=lambda: caching.tokenizer_checksum(
       frozen, tokenizer.cfg
     ),
