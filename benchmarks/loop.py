@@ -17,9 +17,10 @@ import time
 
 import jax
 
-from configs import tokenizer as tokenizer_presets
-from configs import var as var_presets
+from var_jax.commands.training import read_config
 from var_jax.training import loop, setup
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def main():
@@ -53,10 +54,10 @@ def main():
 
 def var_config(folder: pathlib.Path, steps: int, batch: int):
   """Return the config of a run on a tokenizer that is made here."""
-  tokenizer = tokenizer_presets.get_config("tiny")
+  tokenizer = read_config(f"{CONFIGS}/tokenizer.py:tiny", ())
   tokenizer.steps, tokenizer.data.batch_size = 1, 4
   loop.train(tokenizer, folder / "tokenizer")
-  config = var_presets.get_config("tiny")
+  config = read_config(f"{CONFIGS}/var.py:tiny", ())
   config.tokenizer_path = str(folder / "tokenizer")
   config.model.update(depth=8, width=256, heads=4)
   config.data.batch_size = batch

@@ -306,7 +306,7 @@ TINY = ("train", "--config", ROOT / "configs" / "var.py:tiny")
   [
     ({"data.source": "tfds:mnits"}, ["mnits", "mnist"]),
     ({"data.batch_size": 15, "accumulate": 2}, ["batch_size 15", "2 parts"]),
-    ({"progressive.until": 0.5}, ["first 4", "3 scales"]),
+    ({"progressive.until": 0.5}, ["first 4", "4 scales"]),
     ({"keep_every": 30}, ["keep_every 30", "checkpoint_every 20"]),
     ({"optimizer.final_factor": -1.0}, ["final_factor -1.0"]),
     ({"eval_every": 1, "data.source": "npz:{npz}"}, ["'train', not 'val'"]),
