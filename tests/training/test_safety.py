@@ -87,6 +87,12 @@ def test_sigterm_saves_the_step_that_is_reached(
   assert list(records(tmp_path).steps) == [1, 2, 3]
   loop.train(var_config(tokenizer), tmp_path)
   assert_same_params(tmp_path, undisturbed)
+  # It has what the undisturbed one has, and no average that nobody asked for.
+  items = [
+    sorted(item.name for item in (folder / "checkpoints" / "8").iterdir())
+    for folder in (tmp_path, undisturbed)
+  ]
+  assert items[0] == items[1] and "ema" not in items[0]
 
 
 def test_sigterm_is_what_it_was_after_a_run(undisturbed):

@@ -16,10 +16,8 @@ from etils import epath
 from var_jax.checkpoints.description import Description
 from var_jax.models.layers import resolve_dtype
 from var_jax.parallel import mesh as mesh_lib
-from var_jax.training import (
-  checks,
-  optim,
-)
+from var_jax.training import checks, optim
+from var_jax.training.guard import GuardConfig
 from var_jax.training.state import TrainState
 
 # What the ledger wants to know of a batch, as the devices got it.
@@ -86,9 +84,16 @@ def averaged(state: TrainState) -> Any:
 
 
 def optimizer(config):
+  """Return the optimiser, and what both steps are made with besides it."""
   cfg = build(optim.OptimizerConfig, config.optimizer)
   how = dict(steps=config.steps, batch_size=config.data.batch_size)
-  return optim.make_optimizer(cfg, **how), optim.schedules(cfg, **how)
+  return optim.make_optimizer(cfg, **how), dict(
+    ema_decay=config.ema_decay,
+    seed=config.seed,
+    accumulate=config.accumulate,
+    guard=build(GuardConfig, config.guard),
+    schedules=optim.schedules(cfg, **how),
+  )
 
 
 def with_dtype(cfg):

@@ -4,7 +4,7 @@ Training and replay open the same `Run`, so that they take the same steps.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -53,9 +53,8 @@ class Run:
     )
     folder = checkpoints.folder(step)
     orbax_trees.check_shapes(folder / "params", like.params["params"])
-    wanted = like
-    if not (folder / "ema").exists():
-      wanted = like.replace(ema=None)
+    new_average = like.ema is not None and not (folder / "ema").exists()
+    wanted = like.replace(ema=None) if new_average else like
     trees, position = checkpoints.restore(step, trees_of(wanted))
     batch_size = self.config.data.batch_size
     if position != step * batch_size:
@@ -64,7 +63,7 @@ class Run:
         f"{position // step}; it cannot change within a workdir: start a new "
         "one with config.init_from."
       )
-    if wanted is not like:  # an average that begins here
+    if new_average:
       trees["ema"] = jax.tree.map(jnp.copy, trees["params"])
     return like.replace(
       params=trees["params"], ema=trees["ema"], **trees["training"]
@@ -116,17 +115,15 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
   of_kind = {"tokenizer": tokenizer_program.make, "var": var_program.make}
   program = of_kind[config.kind](config, mesh, source, workdir)
   tokenizer = program.description.tokenizer
-  make: Callable[..., Any] = transforms.make_transform
-  shape = tokenizer.image_shape
-  plain = make(config.data.transform, shape, train=False, flip=False)
-  transform = plain
+  make_transform = functools.partial(
+    transforms.make_transform, config.data.transform, tokenizer.image_shape
+  )
+  plain = make_transform(train=False, flip=False)
   if is_cached(config):
     transform = transforms.pick_crop
     caching.check(source.manifest, program.tokenizer_checksum(), config)
   else:
-    transform = make(
-      config.data.transform, shape, train=True, flip=config.data.flip
-    )
+    transform = make_transform(train=True, flip=config.data.flip)
   pipeline.check_first(source, transform, config.data.on_broken)
   if held_out is not None:
     pipeline.check_first(held_out, plain, config.data.on_broken)

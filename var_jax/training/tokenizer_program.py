@@ -17,7 +17,6 @@ from var_jax.training import (
   tokenizer_step,
   warm_start,
 )
-from var_jax.training.guard import GuardConfig
 from var_jax.training.state import TrainState
 
 
@@ -25,16 +24,12 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
   """Return the program of a config."""
   cfg = programs.with_dtype(programs.build(TokenizerConfig, config.model))
   tokenizer = Tokenizer(cfg)
-  optimizer, rates = programs.optimizer(config)
+  optimizer, settings = programs.optimizer(config)
   step = tokenizer_step.make_step(
     tokenizer,
     optimizer,
     programs.build(tokenizer_step.TokenizerLossConfig, config.loss),
-    ema_decay=config.ema_decay,
-    seed=config.seed,
-    accumulate=config.accumulate,
-    guard=programs.build(GuardConfig, config.guard),
-    schedules=rates,
+    **settings,
   )
   take = programs.compiled_step(
     lambda state, nothing, batch: step(state, batch), mesh

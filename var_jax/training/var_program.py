@@ -21,7 +21,6 @@ from var_jax.training import (
   var_step,
   warm_start,
 )
-from var_jax.training.guard import GuardConfig
 from var_jax.training.state import TrainState
 
 
@@ -53,7 +52,7 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     scales=tokenizer.cfg.scales,
   )
   var = VAR(programs.with_dtype(cfg))
-  optimizer, rates = programs.optimizer(config)
+  optimizer, settings = programs.optimizer(config)
   growth = programs.build(progressive.ProgressiveConfig, config.progressive)
   make_step = functools.partial(
     var_step.make_step,
@@ -61,11 +60,7 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     tokenizer,
     optimizer,
     programs.build(var_step.VARLossConfig, config.loss),
-    ema_decay=config.ema_decay,
-    seed=config.seed,
-    accumulate=config.accumulate,
-    guard=programs.build(GuardConfig, config.guard),
-    schedules=rates,
+    **settings,
   )
 
   growing = (
