@@ -1,7 +1,8 @@
 """Worker processes that make batches, and what keeps them out of the way.
 
 A worker is a fresh interpreter. It never opens an accelerator, leaves signals
-to the main process, and ends when that does, however it does.
+to the main process, and ends when that does, however it does. (When that is by
+SIGKILL, a batch that is moving into shared memory at that moment stays there.)
 """
 
 import multiprocessing
