@@ -20,9 +20,8 @@ import time
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS, EVERY = 120, 3
+EVERY = 3
 SETTINGS = {
-  "steps": STEPS,
   "checkpoint_every": EVERY,
   "log_every": 5,
   "ledger_every": 5,
@@ -31,6 +30,8 @@ SETTINGS = {
   "data.transform": "jitter",
 }
 PATIENCE = 300.0  # seconds without which a start must save or end
+LONGEST = 20.0  # seconds from a start to its kill
+STEPS_A_KILL = 25  # more than a killed start gets, so that each finds a run
 
 
 def main() -> None:
@@ -45,17 +46,18 @@ def main() -> None:
 def compare(folder: pathlib.Path, kills: int, rng: random.Random) -> None:
   """Train with and without kills; raise AssertionError if they differ."""
   undisturbed, killed = folder / "undisturbed", folder / "killed"
-  seconds = _time_of(undisturbed, folder)
-  print(f"undisturbed: {STEPS} steps in {seconds:.0f} s, start included")
+  steps = STEPS_A_KILL * kills
+  seconds = _time_of(undisturbed, folder, steps)
+  print(f"undisturbed: {steps} steps in {seconds:.0f} s, start included")
   for i in range(kills):
-    inside = i % 2 == 0
-    print(f"kill {i + 1}: {_kill(killed, folder, rng, seconds, inside)}")
-  _time_of(killed, folder)
-  same(undisturbed, killed)
+    process = start(killed, folder, steps)
+    print(f"kill {i + 1}: {_kill(process, killed, rng, i % 2 == 0)}")
+  _time_of(killed, folder, steps)
+  same(undisturbed, killed, steps)
   print(f"after {kills} kills: the same parameters and steps, bit for bit")
 
 
-def same(one: pathlib.Path, other: pathlib.Path) -> None:
+def same(one: pathlib.Path, other: pathlib.Path, steps: int) -> None:
   """Raise AssertionError unless two runs ended alike."""
   import jax
 
@@ -66,21 +68,23 @@ def same(one: pathlib.Path, other: pathlib.Path) -> None:
     pair = [weights.read_tokenizer(w, weights=which)[1] for w in (one, other)]
     jax.tree.map(np.testing.assert_array_equal, *pair)
   histories = [History.read(w / "ledger.jsonl") for w in (one, other)]
-  steps = [
+  told = [
     {step: _facts(record) for step, record in history.steps.items()}
     for history in histories
   ]
-  assert list(steps[0]) == list(range(1, STEPS + 1))
-  assert steps[0] == steps[1]
+  assert list(told[0]) == list(range(1, steps + 1))
+  assert told[0] == told[1]
   assert not histories[1].contradictions, histories[1].contradictions
 
 
-def start(workdir: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen:
+def start(
+  workdir: pathlib.Path, folder: pathlib.Path, steps: int
+) -> subprocess.Popen:
   """Return a process that trains; compiled programs are kept in `folder`."""
   command = [
     *(sys.executable, "-m", "var_jax.cli", "train"),
     *("--config", str(ROOT / "configs/tokenizer.py:tiny")),
-    *("--workdir", str(workdir)),
+    *("--workdir", str(workdir), f"--config.steps={steps}"),
     *(f"--config.{name}={value}" for name, value in SETTINGS.items()),
   ]
   cache = {
@@ -93,20 +97,18 @@ def start(workdir: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen:
     )
 
 
-def _time_of(workdir: pathlib.Path, folder: pathlib.Path) -> float:
+def _time_of(workdir: pathlib.Path, folder: pathlib.Path, steps: int) -> float:
   begin = time.monotonic()
-  code = start(workdir, folder).wait()
+  code = start(workdir, folder, steps).wait()
   if code:
     raise AssertionError((folder / f"{workdir.name}.log").read_text())
   return time.monotonic() - begin
 
 
-def _kill(workdir, folder, rng, seconds: float, inside_a_save: bool) -> str:
-  """Start, kill, and say when."""
-  process = start(workdir, folder)
+def _kill(process, workdir, rng, inside_a_save: bool) -> str:
+  """Kill a process that trains, and say when."""
   begin = time.monotonic()
-  # Half a run at most, so that the last kill still finds one under way.
-  wait = rng.uniform(0.0, 0.5 * seconds)
+  wait = rng.uniform(0.0, LONGEST)
   while process.poll() is None and time.monotonic() - begin < PATIENCE:
     if time.monotonic() - begin >= wait:
       if not inside_a_save or _saving(workdir):

@@ -8,6 +8,8 @@ from benchmarks import kills
 from var_jax.checkpoints import store
 from var_jax.ledger.history import History
 
+STEPS = 200  # more than it takes before the signal
+
 
 def test_killed_runs_end_as_an_undisturbed_one_would(tmp_path):
   kills.compare(tmp_path, kills=3, rng=random.Random(0))
@@ -15,7 +17,7 @@ def test_killed_runs_end_as_an_undisturbed_one_would(tmp_path):
 
 def test_sigterm_is_answered_with_a_save_and_143(tmp_path):
   workdir = tmp_path / "run"
-  process = kills.start(workdir, tmp_path)
+  process = kills.start(workdir, tmp_path, STEPS)
   log = workdir / "metrics.jsonl"
   while not (log.exists() and log.read_text()):
     assert process.poll() is None, (tmp_path / "run.log").read_text()
@@ -23,6 +25,6 @@ def test_sigterm_is_answered_with_a_save_and_143(tmp_path):
   process.send_signal(signal.SIGTERM)
   assert process.wait() == 143
   told = History.read(workdir / "ledger.jsonl")
-  assert store.latest_step(workdir) == max(told.steps) < kills.STEPS
+  assert store.latest_step(workdir) == max(told.steps) < STEPS
   lines = (tmp_path / "run.log").read_text().splitlines()
   assert lines[-1].startswith("var-jax: stopped by SIGTERM; step ")
