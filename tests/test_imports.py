@@ -15,7 +15,7 @@ ALLOWED = {
   "models": set(),
   "generation": {"models"},
   "data": {"files"},
-  "parallel": set(),
+  "parallel": {"models"},  # attention
   "ledger": {"files"},
   "checkpoints": {"models", "files"},
   "training": {
@@ -32,7 +32,7 @@ ALLOWED = {
   "images": {"files"},
   "checks": {"models", "generation"},
   "stablehlo": {"api", "generation", "checkpoints", "files"},
-  "api": {"models", "generation", "checkpoints", "checks"},
+  "api": {"models", "generation", "checkpoints", "checks", "parallel"},
   "demo": {"api", "data", "models", "training", "files", "images"},
   "commands": {
     "api",

@@ -1,5 +1,6 @@
 """The model as users hold it: load, encode, decode, sample, edit."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from var_jax.models.layers import resolve_dtype
 from var_jax.models.scales import ScaleSchedule, Size
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.models.transformer import VAR, VARConfig
+from var_jax.parallel import mesh as mesh_lib
+from var_jax.parallel import rules
 
 
 class ModelConfig(NamedTuple):
@@ -45,7 +48,9 @@ def load(
     path: what `var-jax convert` wrote, or a training workdir; or one of its
       steps, WORKDIR/checkpoints/STEP. A transformer's contains its frozen
       tokenizer; a tokenizer alone encodes and decodes.
-    mesh: where parameters are replicated; the first device by default.
+    mesh: of Auto axes, as `parallel.mesh.make_mesh` returns it: batches are
+      split over slice, data and fsdp, a transformer's parameters over fsdp and
+      model; other axes change nothing. The first device by default.
     dtype: of matmul inputs, "float32" or "bfloat16"; by default float32 on
       CPU and bfloat16 elsewhere. Parameters that meet nothing else are held
       in it.
@@ -59,9 +64,10 @@ def load(
   from var_jax.checkpoints.weights import read_models
 
   dtype = resolve_dtype(dtype)
-  sharding = None
+  sharding, context = None, contextlib.nullcontext
   if mesh is not None:
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = functools.partial(rules.sharding, mesh)
+    context = rules.Context(mesh)
   description, tokenizer_params, var_params = read_models(
     path, weights=weights, sharding=sharding, dtype=dtype
   )
@@ -69,10 +75,13 @@ def load(
   var = description.transformer
   return Model(
     Models(
-      Tokenizer(tokenizer), var and VAR(dataclasses.replace(var, dtype=dtype))
+      Tokenizer(tokenizer),
+      var and VAR(dataclasses.replace(var, dtype=dtype)),
+      context,
     ),
     ModelParams(tokenizer_params, var_params),
     description.class_names,
+    mesh,
   )
 
 
@@ -89,8 +98,13 @@ class Model:
     models: Models,
     params: ModelParams,
     class_names: tuple[str, ...] = (),
+    mesh: jax.sharding.Mesh | None = None,
   ):
+    """Args:
+    mesh: that the parameters are on; its context is in `models`.
+    """
     self.models, self.params, self.class_names = models, params, class_names
+    self.mesh = mesh
 
   @property
   def config(self) -> ModelConfig:
@@ -108,8 +122,11 @@ class Model:
     """
     schedule = self._schedule(scales)
     images_BHW3 = checks.images(images_BHW3, schedule, self.config.tokenizer)
-    return _encode(
-      self.models.tokenizer, schedule, self.params.tokenizer, images_BHW3
+    return self._on_rows(
+      functools.partial(
+        _encode, self.models.tokenizer, schedule, self.params.tokenizer
+      ),
+      images_BHW3,
     )
 
   def decode(
@@ -118,8 +135,11 @@ class Model:
     """Return images, clipped to [-1, 1]."""
     schedule = self._schedule(scales)
     tokens_BL = checks.tokens(tokens_BL, schedule, self.config.tokenizer)
-    return _decode(
-      self.models.tokenizer, schedule, self.params.tokenizer, tokens_BL
+    return self._on_rows(
+      functools.partial(
+        _decode, self.models.tokenizer, schedule, self.params.tokenizer
+      ),
+      tokens_BL,
     )
 
   def logits(self, labels_B: jax.Array, tokens_BL: jax.Array) -> jax.Array:
@@ -132,7 +152,9 @@ class Model:
         f"{labels_B.shape[0]} labels do not match {tokens_BL.shape[0]} rows "
         "of tokens; give one label a row."
       )
-    return _logits(self.models, self.params, labels_B, tokens_BL)
+    return self._on_rows(
+      functools.partial(_logits, self.models, self.params), labels_B, tokens_BL
+    )
 
   def sample(
     self,
@@ -155,7 +177,7 @@ class Model:
         `more_smooth`; the image then does not follow from the tokens.
     """
     call = self._prepare(labels_B, key, guidance, top_k, top_p, smooth)
-    return sampler.generate(**call)
+    return self._cut(sampler.generate(**call), len(labels_B))
 
   def stream(
     self,
@@ -172,7 +194,8 @@ class Model:
     def previews():
       for drawn in sampler.draw_scales(**call):
         image = sampler.decode(self.models, self.params, drawn.f_hat_BhwZ)
-        yield Preview(drawn.scale, drawn.tokens_Bl, image)
+        shown = (drawn.tokens_Bl, image)
+        yield Preview(drawn.scale, *self._cut(shown, len(labels_B)))
 
     return previews()
 
@@ -208,13 +231,13 @@ class Model:
         f"{schedule.grid}; give the finest token grid."
       )
     tokens_BL = self.encode(images_BHW3)
-    if tokens_BL.shape[0] != call["labels_B"].shape[0]:
+    if tokens_BL.shape[0] != len(labels_B):
       raise ValueError(
-        f"{call['labels_B'].shape[0]} labels do not match "
-        f"{tokens_BL.shape[0]} images; give one label an image."
+        f"{len(labels_B)} labels do not match {tokens_BL.shape[0]} images; "
+        "give one label an image."
       )
-    given = edit_lib.given_tokens(tokens_BL, keep_hw, schedule)
-    return sampler.generate(**call, given=given)
+    given = edit_lib.given_tokens(self._spread(tokens_BL), keep_hw, schedule)
+    return self._cut(sampler.generate(**call, given=given), len(labels_B))
 
   def _schedule(self, scales: Sequence[Size] | None) -> ScaleSchedule:
     if scales is None:
@@ -229,12 +252,28 @@ class Model:
     return dict(
       models=self.models,
       params=self.params,
-      labels_B=labels_B,
-      keys_B=sampler.image_keys(key, labels_B.shape[0]),
+      labels_B=self._spread(labels_B),
+      keys_B=self._spread(sampler.image_keys(key, labels_B.shape[0])),
       options=checks.options(guidance, top_k, top_p, V),
       guided=guidance != 0,
       smooth=smooth,
     )
+
+  def _on_rows(self, function, *arrays) -> jax.Array:
+    """Return function(*arrays), rows split over the mesh if there is one."""
+    with self.models.context():
+      result = function(*map(self._spread, arrays))
+    return self._cut(result, len(arrays[0]))
+
+  def _spread(self, array):
+    """Return an array by rows, filled up to divide; as it is without a mesh."""
+    if self.mesh is None:
+      return array
+    return mesh_lib.spread(self.mesh, array)
+
+  def _cut(self, tree, rows: int):
+    """Return the first rows: what filled the batch up is not the caller's."""
+    return jax.tree.map(lambda x: x if len(x) == rows else x[:rows], tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

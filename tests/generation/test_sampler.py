@@ -232,9 +232,9 @@ def test_images_follow_from_the_tokens_unless_smooth():
 
 def test_changing_a_number_compiles_nothing_new():
   generate("A", [3, 7], guidance=1.0, top_k=5, top_p=0.5)
-  programs = sampler._scale_program._cache_size()
+  programs = sampler.scale_program._cache_size()
   generate("A", [1, 2], guidance=3.0, top_k=9, top_p=0.9)
-  assert sampler._scale_program._cache_size() == programs
+  assert sampler.scale_program._cache_size() == programs
 
 
 def test_cache_and_f_hat_are_donated():
@@ -243,7 +243,7 @@ def test_cache_and_f_hat_are_donated():
   state, modulation = sampler._start(models, params, labels_B, True)
   options = Options(1.5, 0, 0.0)
   keys_B = sampler.image_keys(jax.random.key(0), 2)
-  sampler._scale_program(
+  sampler.scale_program(
     models, 1, True, False, params, state, modulation, keys_B, options, None
   )
   assert state.cache.k_RBLD.is_deleted() and state.f_hat_BhwZ.is_deleted()
@@ -256,7 +256,7 @@ def test_scale_programs_have_no_mask_and_every_dot_says_its_precision():
     lambda: sampler._start(models, params, jnp.array([3, 7]), True)
   )
   keys_B = jax.eval_shape(lambda: sampler.image_keys(jax.random.key(0), 2))
-  traced = sampler._scale_program.trace(
+  traced = sampler.scale_program.trace(
     models, 2, True, False, params, state, modulation, keys_B,
     Options(1.5, 0, 0.0), None,
   )  # fmt: skip

@@ -6,7 +6,7 @@ from NumPy arrays: neither makes a second copy of a large model on the host.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.traverse_util
@@ -20,6 +20,11 @@ from var_jax import files
 from var_jax.checkpoints import checksums, orbax_trees, store, torch_format
 from var_jax.checkpoints.description import Description, architecture_digest
 from var_jax.models.tokenizer import TokenizerConfig
+
+Sharding = (
+  jax.sharding.Sharding
+  | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+)
 
 # Parameters that meet nothing but a product in `dtype`: nn.Dense and nn.Conv
 # would cast them at each use. The encoder and all norms stay float32.
@@ -47,7 +52,7 @@ def read_tokenizer(
   folder: epath.PathLike,
   *,
   weights: str = "ema",
-  sharding: jax.sharding.Sharding | None = None,
+  sharding: Sharding | None = None,
   dtype: str = "float32",
 ) -> tuple[Description, Any]:
   """Return (description, variables) of a workdir's tokenizer.
@@ -58,7 +63,8 @@ def read_tokenizer(
     folder: a workdir, whose newest step is read, or one of its steps,
       WORKDIR/checkpoints/STEP. Of a transformer's, its frozen tokenizer.
     weights: "ema", which falls back to "raw" where none was kept, or "raw".
-    sharding: of every parameter; the first device by default.
+    sharding: of every parameter, or a function of its path and shape that
+      returns it; the first device by default.
     dtype: what parameters that are only ever multiplied in this dtype are
       held in; the others are float32.
 
@@ -81,7 +87,7 @@ def read_transformer(
   folder: epath.PathLike,
   *,
   weights: str = "ema",
-  sharding: jax.sharding.Sharding | None = None,
+  sharding: Sharding | None = None,
   dtype: str = "float32",
 ) -> tuple[Description, Any]:
   """Return (description, variables) of a workdir's transformer.
@@ -164,7 +170,7 @@ def read_step(
   step: epath.Path,
   abstract: Any,
   weights: str,
-  sharding: jax.sharding.Sharding | None = None,
+  sharding: Sharding | None = None,
   dtype: str = "float32",
 ) -> Any:
   """Return the variables of a step; arguments as of `read_tokenizer`.
@@ -182,7 +188,7 @@ def read_step(
     # A part at a time, or the host would hold all of it beside the devices.
     restore_args = {
       path: ocp.ArrayRestoreArgs(
-        sharding=sharding,
+        sharding=sharding(path, leaf.shape) if callable(sharding) else sharding,
         dtype=dtype if _ONLY_MULTIPLIED.fullmatch(path) else leaf.dtype,
         global_shape=leaf.shape,
       )

@@ -43,7 +43,7 @@ def training_batches(
   batch_size: int,
   seed: int,
   start_step: int = 0,
-  rows: slice | None = None,
+  rows: Sequence[int] | None = None,
   on_broken: str = "fail",
   workers: int = 0,
   threads: int | None = None,
@@ -57,7 +57,8 @@ def training_batches(
 
   Args:
     batch_size: of the global batch.
-    rows: what this process makes of each global batch; None makes it all.
+    rows: of each global batch, those that this process makes, in order; None
+      makes them all.
     on_broken: "fail" or "skip", as in `broken.Tolerant`.
     workers: processes that make the batches, whole ones in turn; 0 makes them
       in threads of this process.
@@ -99,7 +100,7 @@ def evaluation_batches(
   transform: Transform,
   *,
   batch_size: int,
-  rows: slice | None = None,
+  rows: Sequence[int] | None = None,
   limit: int | None = None,
   on_broken: str = "fail",
 ) -> Iterator[Batch]:
@@ -110,7 +111,8 @@ def evaluation_batches(
 
   Args:
     batch_size: of the global batch.
-    rows: what this process makes of each global batch; None makes it all.
+    rows: of each global batch, those that this process makes, in order; None
+      makes them all.
     limit: how many samples, the first ones; None takes them all.
     on_broken: "fail" or "skip", as in `broken.Tolerant`.
   """
@@ -154,11 +156,11 @@ class _MakeBatch:
 
   samples: Sequence[dict]
   batch_size: int
-  rows: range
+  rows: np.ndarray
   size: int | None = None
 
   def __call__(self, step: int) -> Batch:
-    position_B = np.array([step * self.batch_size + r for r in self.rows])
+    position_B = step * self.batch_size + self.rows
     used = position_B.tolist()
     if self.size is not None:
       used = [min(position, self.size - 1) for position in used]
@@ -200,18 +202,21 @@ def _content(sample: dict) -> str:
   return "tokens" if "tokens" in sample else "image"
 
 
-def _rows(rows: slice | None, batch_size: int) -> range:
+def _rows(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:
   """Return the rows of a global batch that `rows` means."""
   _check(batch_size >= 1, f"batch size {batch_size} is below 1; use 1 or more.")
   if rows is None:
-    return range(batch_size)
-  span = range(rows.start or 0, batch_size if rows.stop is None else rows.stop)
+    return np.arange(batch_size)
+  rows = np.asarray(rows)
   _check(
-    0 <= span.start < span.stop <= batch_size and rows.step in (None, 1),
-    f"rows {span.start}..{span.stop} are no part of a batch of {batch_size}; "
-    "give a slice of it that is not empty.",
+    rows.size > 0
+    and rows[0] >= 0
+    and rows[-1] < batch_size
+    and bool(np.all(np.diff(rows) > 0)),
+    f"rows {rows.tolist()} are no part of a batch of {batch_size}; give some "
+    "of its rows, in order.",
   )
-  return span
+  return rows
 
 
 def _check(holds: bool, message: str):

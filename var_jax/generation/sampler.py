@@ -9,18 +9,23 @@ The cache and f_hat are arrays that the caller sees, allocated once and donated
 from program to program. Offsets are static, so no mask is needed.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from var_jax.generation import logits as logits_lib
+from var_jax.models.blocks import constrain
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import VAR, KVCache, Modulation
 
 Params = Any
+
+_IMAGE = ("batch", None, None, None)
 
 
 class Models(NamedTuple):
@@ -28,6 +33,8 @@ class Models(NamedTuple):
 
   tokenizer: Tokenizer
   var: VAR
+  # Entered around each program: on a mesh, what gives logical axes a meaning.
+  context: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
 
 class ModelParams(NamedTuple):
@@ -109,20 +116,22 @@ def draw_scales(
     smooth: feed the next scale a mixture of codes instead of the drawn ones.
     given: a scale each, the tokens to keep in place of drawn ones.
   """
-  state, modulation = _start(models, params, labels_B, guided)
+  with models.context():
+    state, modulation = _start(models, params, labels_B, guided)
   for s in range(len(models.var.cfg.schedule)):
-    state, tokens_Bl = _scale_program(
-      models,
-      s,
-      guided,
-      smooth,
-      params,
-      state,
-      modulation,
-      keys_B,
-      options,
-      given and given[s],
-    )
+    with models.context():
+      state, tokens_Bl = scale_program(
+        models,
+        s,
+        guided,
+        smooth,
+        params,
+        state,
+        modulation,
+        keys_B,
+        options,
+        given and given[s],
+      )
     yield Drawn(s, tokens_Bl, state.f_hat_BhwZ)
 
 
@@ -143,15 +152,20 @@ def generate(
   return Sample(images_BHW3, jnp.concatenate(tokens, axis=1))
 
 
-@functools.partial(jax.jit, static_argnames="models")
 def decode(
   models: Models, params: ModelParams, f_hat_BhwZ: jax.Array
 ) -> jax.Array:
   """Return the image of f_hat, clipped to [-1, 1]."""
+  with models.context():
+    return decode_program(models, params, f_hat_BhwZ)
+
+
+@functools.partial(jax.jit, static_argnames="models")
+def decode_program(models, params, f_hat_BhwZ) -> jax.Array:
   image_BHW3 = models.tokenizer.apply(
     params.tokenizer, f_hat_BhwZ, method="to_image"
   )
-  return jnp.clip(image_BHW3, -1.0, 1.0)
+  return constrain(jnp.clip(image_BHW3, -1.0, 1.0), _IMAGE)
 
 
 @functools.partial(jax.jit, static_argnames=("models", "guided"))
@@ -162,7 +176,10 @@ def _start(models, params, labels_B, guided) -> tuple[State, Modulation]:
     labels_B = jnp.concatenate([labels_B, jnp.full_like(labels_B, -1)])
   modulation = models.var.apply(params.var, labels_B, method="modulate")
   f_hat_BhwZ = jnp.zeros((B, *cfg.schedule.grid, cfg.latent_channels))
-  return State(KVCache.create(cfg, labels_B.shape[0]), f_hat_BhwZ), modulation
+  state = State(
+    KVCache.create(cfg, labels_B.shape[0]), constrain(f_hat_BhwZ, _IMAGE)
+  )
+  return state, modulation
 
 
 @functools.partial(
@@ -170,7 +187,7 @@ def _start(models, params, labels_B, guided) -> tuple[State, Modulation]:
   static_argnames=("models", "s", "guided", "smooth"),
   donate_argnames="state",
 )
-def _scale_program(
+def scale_program(
   models, s, guided, smooth, params, state, modulation, keys_B, options, given
 ) -> tuple[State, jax.Array]:
   """Draw the noise of scale s and take the step."""
@@ -234,4 +251,5 @@ def scale_step(
     h_BlZ = jnp.where(given.keep_l[:, None], kept_BlZ, h_BlZ)
 
   f_hat_BhwZ = tokenizer(state.f_hat_BhwZ, h_BlZ, s, method="add_scale")
-  return State(cache, f_hat_BhwZ), tokens_Bl, logits_BlV
+  state = State(cache, constrain(f_hat_BhwZ, _IMAGE))
+  return state, constrain(tokens_Bl, ("batch", "length")), logits_BlV

@@ -21,6 +21,9 @@ from var_jax.models import layers
 from var_jax.models.scales import SCALES, ScaleSchedule, Size
 
 constrain = nn.with_logical_constraint
+STREAM = ("batch", "length", "embed")
+_HEADS = ("batch", "length", "heads")
+_MLP = ("batch", "length", "mlp")
 
 # What the forward pass keeps of a layer: all, the results of the projections
 # (attention and everything elementwise is computed again), its input only.
@@ -119,10 +122,7 @@ class Attention(nn.Module):
     """Return ([B, l, D], (k_BlD, v_BlD)); `past` holds coarser scales' k, v."""
     cfg = self.cfg
     B, l, D = x_BlD.shape
-    qkv_BlE = _dense(
-      cfg, 3 * D, normal(cfg.init_std), "mat_qkv", use_bias=False
-    )(x_BlD)
-    q_BlD, k_BlD, v_BlD = jnp.split(qkv_BlE, 3, axis=-1)
+    q_BlD, k_BlD, v_BlD = QKV(cfg, name="mat_qkv")(x_BlD)
     # VAR: q and v have a bias, k has none.
     q_bias_D = self.param("q_bias", nn.initializers.zeros, (D,))
     v_bias_D = self.param("v_bias", nn.initializers.zeros, (D,))
@@ -156,10 +156,31 @@ class Attention(nn.Module):
       k_BTD = jnp.concatenate([past[0], k_BlD], axis=1)
       v_BTD = jnp.concatenate([past[1], v_BlD], axis=1)
     out_BlNK = self.attend(q_BlNK, split(k_BTD), split(v_BTD), mask_ll)
-    out_BlD = _dense(cfg, D, normal(cfg.residual_std), "proj")(
-      out_BlNK.reshape(B, l, D)
-    )
+    out_BlD = constrain(out_BlNK.reshape(B, l, D), _HEADS)
+    out_BlD = _dense(cfg, D, normal(cfg.residual_std), "proj")(out_BlD)
     return out_BlD, (k_BlD, v_BlD)
+
+
+class QKV(nn.Module):
+  """The projection to queries, keys and values: one matrix [D, 3D]."""
+
+  cfg: VARConfig
+
+  @nn.compact
+  def __call__(self, x_BlD) -> list[jax.Array]:
+    """Return q, k and v, each [B, l, D]."""
+    cfg, D = self.cfg, self.cfg.width
+    kernel_DE = self.param("kernel", normal(cfg.init_std), (D, 3 * D))
+    # In three before the product: the heads of each are split alike.
+    kernel_D3E = kernel_DE.astype(cfg.dtype).reshape(D, 3, D)
+    kernel_D3E = constrain(kernel_D3E, (None, None, "heads"))
+    qkv_Bl3E = jnp.einsum(
+      "bld,dce->blce",
+      x_BlD.astype(cfg.dtype),
+      kernel_D3E,
+      precision=layers.matmul_precision(cfg.dtype),
+    )
+    return [constrain(qkv_Bl3E[:, :, i], _HEADS) for i in range(3)]
 
 
 class FeedForward(nn.Module):
@@ -171,7 +192,7 @@ class FeedForward(nn.Module):
     F = round(cfg.width * cfg.mlp_ratio)
     h_BlF = _dense(cfg, F, normal(cfg.init_std), "fc1")(x_BlD)
     # VAR: GELU is the tanh approximation.
-    h_BlF = nn.gelu(h_BlF, approximate=True)
+    h_BlF = nn.gelu(constrain(h_BlF, _MLP), approximate=True)
     return _dense(cfg, cfg.width, normal(cfg.residual_std), "fc2")(h_BlF)
 
 
@@ -202,8 +223,7 @@ class Block(nn.Module):
     h_BlD = FeedForward(cfg, name="ffn")(h_BlD)
     x_BlD = x_BlD + self.branch(h_BlD * gamma2, noise, keys[1])
 
-    x_BlD = constrain(x_BlD, ("batch", "length", "embed"))
-    return x_BlD, (None if past is None else kv)
+    return constrain(x_BlD, STREAM), (None if past is None else kv)
 
   def branch(self, h_BlD, noise, key):
     """Apply dropout and stochastic depth to a residual branch."""
@@ -242,13 +262,10 @@ def normal(std: float):
   return nn.initializers.normal(std)
 
 
-def _dense(
-  cfg: VARConfig, features: int, kernel_init, name: str, use_bias=True
-):
+def _dense(cfg: VARConfig, features: int, kernel_init, name: str):
   """Return a projection that multiplies in cfg.dtype."""
   return nn.Dense(
     features,
-    use_bias=use_bias,
     dtype=cfg.dtype,
     precision=layers.matmul_precision(cfg.dtype),
     kernel_init=kernel_init,

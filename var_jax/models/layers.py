@@ -17,15 +17,17 @@ def matmul_precision(dtype) -> jax.lax.Precision | None:
   return HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def resolve_dtype(dtype) -> str:
+def resolve_dtype(dtype, platform: str | None = None) -> str:
   """Return the name of the dtype of matmul inputs.
 
   Args:
     dtype: float32 or bfloat16, by name or as JAX has them; "auto" and None
       leave it to the platform.
+    platform: by default that of the first device.
   """
   if dtype is None or dtype == "auto":
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    platform = platform or jax.default_backend()
+    return "float32" if platform == "cpu" else "bfloat16"
   try:
     name = jnp.dtype(dtype).name
   except TypeError:

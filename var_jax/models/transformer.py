@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from var_jax.models import layers
 from var_jax.models.blocks import (
   REMAT_POLICIES,
+  STREAM,
   AdaLinear,
   Block,
   LayerNoise,
@@ -44,7 +45,12 @@ class KVCache(NamedTuple):
   @classmethod
   def create(cls, cfg: VARConfig, batch: int) -> "KVCache":
     shape = (cfg.depth, batch, cfg.schedule.num_tokens, cfg.width)
-    return cls(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+    empty = cls(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+    return empty.constrained()
+
+  def constrained(self) -> "KVCache":
+    axes = ("layers", "batch", "length", "heads")
+    return KVCache(*(constrain(c_RBLD, axes) for c_RBLD in self))
 
 
 class VAR(nn.Module):
@@ -130,7 +136,7 @@ class VAR(nn.Module):
     cache = KVCache(
       cache.k_RBLD.at[:, :, scale].set(k_RBlD),
       cache.v_RBLD.at[:, :, scale].set(v_RBlD),
-    )
+    ).constrained()
     return self.to_logits(x_BlD, modulation), cache
 
   def modulate(self, labels_B: jax.Array) -> Modulation:
@@ -161,7 +167,7 @@ class VAR(nn.Module):
         jnp.linspace(0.0, self.cfg.drop_path, self.cfg.depth),
         jax.random.split(key, self.cfg.depth),
       )
-    x_BlD = constrain(x_BlD, ("batch", "length", "embed"))
+    x_BlD = constrain(x_BlD, STREAM)
     return self.blocks(x_BlD, modulation.blocks_RB6D, past, noise)
 
   def to_logits(self, x_BlD: jax.Array, modulation: Modulation) -> jax.Array:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
@@ -39,3 +40,10 @@ def first_writes(write: Callable[[], None]) -> None:
   if jax.process_index() == 0:
     write()
   multihost_utils.sync_global_devices("the first process has written")
+
+
+def gathered(array: jax.Array) -> np.ndarray:
+  """Return the whole of an array that lies on devices of all processes."""
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -11,11 +11,13 @@ from flax.traverse_util import flatten_dict
 from var_jax.checkpoints.description import Description
 from var_jax.training.config import run_config
 
-# Settings that change neither the weights nor the order of the data.
+# Settings that change neither the order of the data nor, but for rounding, the
+# weights.
 FREE_KEYS = (
   "log_every", "ledger_every", "eval_every", "eval_samples", "pictures",
   "checkpoint_every", "keep_checkpoints", "keep_best", "keep_every",
   "data.eval_source", "data.workers",
+  "mesh.slices", "mesh.data", "mesh.fsdp", "mesh.model", "attention",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import ml_collections
 from ml_collections import config_dict
 
+from var_jax.parallel.mesh import MeshConfig
 from var_jax.training.guard import GuardConfig
 from var_jax.training.progressive import ProgressiveConfig
 
@@ -31,6 +32,7 @@ def run_config(kind: str) -> ml_collections.ConfigDict:
   config.data.workers = 0  # processes that read images; 0 reads in threads
   config.data.on_broken = "fail"  # or skip: take the next image instead
 
+  config.mesh = section(MeshConfig)
   config.guard = section(GuardConfig)
 
   config.log_every = 50
@@ -43,6 +45,7 @@ def run_config(kind: str) -> ml_collections.ConfigDict:
   config.keep_best = 0  # those of the lowest held-out loss
   config.keep_every = 0  # steps; 0 keeps no others
   if kind == "var":
+    config.attention = "auto"  # or plain, splash (TPU), cudnn (GPU)
     config.tokenizer_path = ""  # the workdir of a trained tokenizer
     config.data.token_cache = ""  # a folder; train from the tokens in it
     config.data.cache_crops = 1  # an image, of a cache that is written

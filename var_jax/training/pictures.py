@@ -8,29 +8,39 @@ import numpy as np
 from var_jax import images
 from var_jax.generation import sampler
 from var_jax.models.tokenizer import Tokenizer
+from var_jax.parallel import mesh as mesh_lib
+from var_jax.parallel import multihost
 
 # As the published FID is drawn; a vocabulary may be smaller.
 TOP_K, TOP_P, GUIDANCE = 900, 0.96, 1.5
 
 
 def samples(
-  models: sampler.Models, params: sampler.ModelParams, columns: int
+  models: sampler.Models,
+  params: sampler.ModelParams,
+  columns: int,
+  mesh: jax.sharding.Mesh,
 ) -> dict[str, np.ndarray]:
-  """Return {"samples": two rows of classes, "scales": one growing a row}."""
+  """Return {"samples": two rows of classes, "scales": one growing a row}.
+
+  Args:
+    mesh: that the parameters are on; its context is in `models`.
+  """
   cfg = models.var.cfg
   labels_B = np.linspace(0, cfg.num_classes - 1, columns).round()
   labels_B = labels_B.astype(np.int32)
+  spread = functools.partial(mesh_lib.spread, mesh)
   options = sampler.Options(GUIDANCE, min(TOP_K, cfg.vocab_size), TOP_P)
   rows = []
   for seed in range(2):
     keys_B = sampler.image_keys(jax.random.key(seed), columns)
     stages = [
-      images.to_uint8(sampler.decode(models, params, drawn.f_hat_BhwZ))
+      _pixels(sampler.decode(models, params, drawn.f_hat_BhwZ), columns)
       for drawn in sampler.draw_scales(
         models=models,
         params=params,
-        labels_B=labels_B,
-        keys_B=keys_B,
+        labels_B=spread(labels_B),
+        keys_B=spread(keys_B),
         options=options,
         guided=True,
         smooth=False,
@@ -47,13 +57,21 @@ def samples(
 
 
 def reconstructions(
-  tokenizer: Tokenizer, params, pixels_BHW3: np.ndarray
+  tokenizer: Tokenizer,
+  params,
+  pixels_BHW3: np.ndarray,
+  mesh: jax.sharding.Mesh,
 ) -> dict[str, np.ndarray]:
   """Return {"reconstructions": given images above what comes back}."""
-  image_BHW3 = images.to_float(pixels_BHW3)
+  image_BHW3 = mesh_lib.spread(mesh, images.to_float(pixels_BHW3))
   again_BHW3 = _reconstruct(tokenizer, params, image_BHW3)
-  rows = [list(pixels_BHW3), list(images.to_uint8(again_BHW3))]
+  rows = [list(pixels_BHW3), list(_pixels(again_BHW3, len(pixels_BHW3)))]
   return {"reconstructions": images.grid(rows, ("real", "rec."))}
+
+
+def _pixels(image_BHW3: jax.Array, count: int) -> np.ndarray:
+  """Return the first images, without what filled up the batch."""
+  return images.to_uint8(multihost.gathered(image_BHW3)[:count])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,8 +1,8 @@
 """What the loop needs to know of the model it trains, for both models.
 
-Programs are compiled for the mesh with explicit shardings: the state is
-replicated and donated, a batch is split by rows, and what comes out is the
-same everywhere.
+Programs are compiled for the mesh with explicit shardings: the state lies as
+`parallel/rules.py` says and is donated, a batch is split by rows, and metrics
+are the same everywhere.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from etils import epath
 from var_jax.checkpoints.description import Description
 from var_jax.models.layers import resolve_dtype
 from var_jax.parallel import mesh as mesh_lib
+from var_jax.parallel import rules
 from var_jax.training import checks, optim
 from var_jax.training.guard import GuardConfig
 from var_jax.training.state import TrainState
@@ -35,8 +36,8 @@ class Program(NamedTuple):
   """A model in training. A step counts from 0 here: the one that is next."""
 
   description: Description
-  init: Callable[[], TrainState]  # of a new run, warm or not
-  like: Callable[[], TrainState]  # the same shapes, for eval_shape
+  init: Callable[[], TrainState]  # of a new run, warm or not, on the mesh
+  like: TrainState  # its shapes and shardings
   step: Callable[..., tuple[TrainState, Mapping]]  # (state, batch, stage)
   stage: Callable[[int], int | None]  # of progressive training; None: all
   evaluate: Callable[[Any, Mapping], Mapping]  # sums over a batch
@@ -58,7 +59,7 @@ def build(cls, section, **derived):
     ) from None
 
 
-def compiled_step(step, mesh):
+def compiled_step(step, mesh, like: TrainState) -> rules.Jit:
   """Return the program of a step, with the batch's record in its metrics."""
 
   def recorded(state, frozen, batch):
@@ -66,17 +67,48 @@ def compiled_step(step, mesh):
     return state, metrics | {"record": {name: batch[name] for name in _RECORD}}
 
   same, split = mesh_lib.replicated(mesh), mesh_lib.by_rows(mesh)
-  return jax.jit(
+  lies = shardings_of(like)
+  return rules.Jit(
+    mesh,
     recorded,
     donate_argnums=0,
-    in_shardings=(same, same, split),
+    in_shardings=(lies, same, split),
+    out_shardings=(lies, same),
+  )
+
+
+def compiled_sums(evaluate, mesh, like: TrainState) -> rules.Jit:
+  """Return the program of evaluate(params, frozen, batch)."""
+  same, split = mesh_lib.replicated(mesh), mesh_lib.by_rows(mesh)
+  return rules.Jit(
+    mesh,
+    evaluate,
+    in_shardings=(shardings_of(like.params), same, split),
     out_shardings=same,
   )
 
 
-def compiled_sums(evaluate, mesh):
-  same, split = mesh_lib.replicated(mesh), mesh_lib.by_rows(mesh)
-  return jax.jit(evaluate, in_shardings=(same, split), out_shardings=same)
+def abstract(create: Callable[[], TrainState], mesh) -> TrainState:
+  """Return the shapes and shardings of the state that `create` makes.
+
+  Raises:
+    ValueError: a parameter does not divide on the mesh.
+  """
+  shapes = jax.eval_shape(create)
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    shapes,
+    rules.shardings(mesh, shapes),
+  )
+
+
+def created(create, mesh, like: TrainState, *args) -> TrainState:
+  """Return create(*args), each device making its own part."""
+  return rules.Jit(mesh, create, out_shardings=shardings_of(like))(*args)
+
+
+def shardings_of(like):
+  return jax.tree.map(lambda x: x.sharding, like)
 
 
 def averaged(state: TrainState) -> Any:
@@ -96,8 +128,10 @@ def optimizer(config):
   )
 
 
-def with_dtype(cfg):
-  return dataclasses.replace(cfg, dtype=resolve_dtype(cfg.dtype))
+def with_dtype(cfg, mesh):
+  """Return a model's config with the dtype that the mesh's platform wants."""
+  platform = mesh.devices.flat[0].platform
+  return dataclasses.replace(cfg, dtype=resolve_dtype(cfg.dtype, platform))
 
 
 def init_key(config) -> jax.Array:

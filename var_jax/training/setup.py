@@ -41,16 +41,11 @@ class Run:
 
   def fresh(self) -> TrainState:
     """Return the state before the first step."""
-    return jax.device_put(self.program.init(), self.replicated)
+    return self.program.init()
 
   def restore(self, checkpoints, step: int) -> TrainState:
     """Return the state of a kept step, without a fresh one beside it."""
-    like = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=self.replicated
-      ),
-      jax.eval_shape(self.program.like),
-    )
+    like = self.program.like
     folder = checkpoints.folder(step)
     orbax_trees.check_shapes(folder / "params", like.params["params"])
     new_average = like.ema is not None and not (folder / "ema").exists()
@@ -107,7 +102,7 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
   Raises:
     ValueError: something does not exist, or does not fit the rest.
   """
-  mesh = mesh_lib.make_mesh()
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**config.mesh))
   # Each part of an accumulated batch lies on all devices.
   mesh_lib.check_batch(mesh, config.data.batch_size, config.accumulate)
   source = _training_source(config)
