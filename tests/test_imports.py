@@ -34,6 +34,7 @@ ALLOWED = {
   "stablehlo": {"api", "generation", "checkpoints", "files"},
   "api": {"models", "generation", "checkpoints", "checks", "parallel"},
   "demo": {"api", "data", "models", "training", "files", "images"},
+  "doctor": {"data", "ledger", "parallel"},
   "commands": {
     "api",
     "demo",
@@ -44,6 +45,7 @@ ALLOWED = {
     "checkpoints",
     "files",
     "stablehlo",
+    "doctor",
   },
   "cli": {"commands"},
   "__init__": {"api", "generation", "images", "models", "training"},

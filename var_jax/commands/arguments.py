@@ -1,6 +1,7 @@
 """What commands share: the parser, its errors and the types of arguments."""
 
 import argparse
+from typing import Any
 
 
 class UsageError(Exception):
@@ -54,3 +55,57 @@ def box(text: str) -> tuple[float, ...]:
       f"{text!r} is not y0,x0,y1,x1 like 0.1,0.1,0.8,0.8"
     ) from None
   return y0, x0, y1, x1
+
+
+def seconds(text: str) -> int:
+  if not text.isdigit() or not 1 <= int(text) <= 86_400:
+    raise argparse.ArgumentTypeError(f"{text!r} is not in 1..86400 seconds")
+  return int(text)
+
+
+def number(text: str) -> int:
+  if not text.isdigit():
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+  return int(text)
+
+
+def step_range(text: str) -> tuple[int, int]:
+  first, _, last = text.partition(":")
+  if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    raise argparse.ArgumentTypeError(f"{text!r} is not FROM:TO like 100:110")
+  return int(first), int(last)
+
+
+def add_joining(parser: argparse.ArgumentParser) -> None:
+  """Add the flags that say how several processes find each other."""
+  group = parser.add_argument_group(
+    "several processes",
+    "On TPU VMs, GKE and Slurm they find each other; elsewhere give these to "
+    "each, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+  )
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+  group.add_argument("--processes", type=count, help="how many there are")
+  group.add_argument("--process-id", type=number, help="of this one, from 0")
+  group.add_argument(
+    "--join-timeout",
+    type=seconds,
+    metavar="SECONDS",
+    help="to wait for all of them, 300 if unsaid",
+  )
+  group.add_argument(
+    "--heartbeat-timeout",
+    type=seconds,
+    metavar="SECONDS",
+    help="after which a silent one is given up, 100 if unsaid",
+  )
+
+
+_JOINING = (
+  "coordinator", "processes", "process_id", "join_timeout", "heartbeat_timeout",
+)  # fmt: skip
+
+
+def joining(args: argparse.Namespace) -> dict[str, Any]:
+  """Return what was said of what `multihost.joined` takes."""
+  said = {name: getattr(args, name) for name in _JOINING}
+  return {name: value for name, value in said.items() if value is not None}

@@ -3,6 +3,7 @@
 import signal
 import sys
 
+from var_jax.commands.arguments import add_joining, joining
 from var_jax.commands.training import read_config
 
 
@@ -20,6 +21,7 @@ def add(commands) -> None:
     "--config", required=True, help="configs/var.py:d16, for example"
   )
   cache.add_argument("--output", required=True, help="created, or gone on with")
+  add_joining(cache)
   cache.set_defaults(run=_cache)
 
 
@@ -28,10 +30,10 @@ def _cache(args) -> int:
   from var_jax.training import caching
 
   config = read_config(args.config, args.overrides)
-  multihost.initialize()
-  try:
-    caching.build(config, args.output)
-  except caching.Stopped as stopped:
-    print(f"var-jax: {stopped}", file=sys.stderr)
-    return 128 + signal.SIGTERM
+  with multihost.joined(**joining(args)):
+    try:
+      caching.build(config, args.output)
+    except caching.Stopped as stopped:
+      print(f"var-jax: {stopped}", file=sys.stderr)
+      return 128 + signal.SIGTERM
   return 0

@@ -7,7 +7,13 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from var_jax.commands.arguments import UsageError, step
+from var_jax.commands.arguments import (
+  UsageError,
+  add_joining,
+  joining,
+  step,
+  step_range,
+)
 
 
 def add(commands) -> None:
@@ -22,7 +28,9 @@ def add(commands) -> None:
     "train",
     help="train a tokenizer or a transformer",
     usage="var-jax train --config FILE.py[:PRESET] --workdir DIR "
-    "[--allow-config-change] [--config.a.b=value ...]",
+    "[--allow-config-change] [--compile-cache DIR] [--profile FROM:TO] "
+    "[--coordinator HOST:PORT --processes N --process-id I] "
+    "[--config.a.b=value ...]",
   )
   train.add_argument(
     "--config", required=True, help="configs/var.py:d16, for example"
@@ -35,6 +43,18 @@ def add(commands) -> None:
     action="store_true",
     help="go on in a workdir of another config",
   )
+  train.add_argument(
+    "--compile-cache",
+    metavar="DIR",
+    help="keep compiled programs there; shared by all hosts, or one a host",
+  )
+  train.add_argument(
+    "--profile",
+    type=step_range,
+    metavar="FROM:TO",
+    help="trace these steps into WORKDIR/profile, for xprof",
+  )
+  add_joining(train)
   train.set_defaults(run=_train)
 
   replay = commands.add_parser(
@@ -47,6 +67,7 @@ def add(commands) -> None:
   replay.add_argument(
     "--to", dest="last", type=step, required=True, help="a step"
   )
+  add_joining(replay)
   replay.set_defaults(run=_replay)
 
 
@@ -62,22 +83,32 @@ def _train(args) -> int:
   from var_jax.training.preemption import Preempted
 
   config = read_config(args.config, args.overrides)
-  multihost.initialize()
-  try:
-    loop.train(
-      config, args.workdir, allow_config_change=args.allow_config_change
-    )
-  except Preempted as stopped:
-    print(f"var-jax: {stopped}", file=sys.stderr)
-    return 128 + signal.SIGTERM
+  with multihost.joined(**joining(args)):
+    if args.compile_cache:
+      multihost.enable_compile_cache(args.compile_cache)
+    try:
+      loop.train(
+        config,
+        args.workdir,
+        allow_config_change=args.allow_config_change,
+        profile=args.profile,
+      )
+    except Preempted as stopped:
+      print(f"var-jax: {stopped}", file=sys.stderr)
+      return 128 + signal.SIGTERM
   return 0
 
 
 def _replay(args) -> None:
   from var_jax.parallel import multihost
+
+  with multihost.joined(**joining(args)):
+    _compare(args)
+
+
+def _compare(args) -> None:
   from var_jax.training.replay import Replay
 
-  multihost.initialize()
   replay = Replay(args.workdir, args.first, args.last)
   for cause in replay.causes:
     print(f"not as it was: {cause}")

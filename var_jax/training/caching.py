@@ -73,7 +73,7 @@ def build(
   """
   _check_config(config)
   source = sources.open_source(config.data.source, "train")
-  mesh = mesh_lib.make_mesh(jax.local_devices())
+  mesh = mesh_lib.make_mesh(devices=jax.local_devices())
   described, variables = weights.read_tokenizer(
     config.tokenizer_path or config.init_from,
     sharding=mesh_lib.replicated(mesh),

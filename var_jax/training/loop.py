@@ -21,7 +21,7 @@ from etils import epath
 from var_jax.checkpoints import store
 from var_jax.ledger.checksum import param_checksum
 from var_jax.parallel import multihost
-from var_jax.training import checks, evaluation, setup
+from var_jax.training import checks, evaluation, profiling, setup
 from var_jax.training.observer import Observer, Refused, open_ledger
 from var_jax.training.preemption import Preempted, Watch
 
@@ -34,6 +34,7 @@ def train(
   workdir: epath.PathLike,
   *,
   allow_config_change: bool = False,
+  profile: tuple[int, int] | None = None,
 ) -> None:
   """Train what `config` describes, from the newest checkpoint if there is one.
 
@@ -41,6 +42,7 @@ def train(
     config: as `configs/var.py` or `configs/tokenizer.py` returns it.
     workdir: created if missing; `checkpoints/store.py` shows its layout.
     allow_config_change: go on in a workdir of another config, with this one.
+    profile: first and last step to trace into WORKDIR/profile.
 
   Raises:
     ValueError: the config makes no sense, or differs from the workdir's; or a
@@ -81,7 +83,10 @@ def train(
         multihost.first_writes(lambda: write(workdir))
       observer = Observer(run, workdir, start, state, recorder)
       closed.callback(observer.close)
-      _Loop(run, workdir, checkpoints, observer, watch).take(state, start)
+      profiler = profiling.Profiler(workdir / "profile", profile)
+      closed.callback(profiler.close)
+      parts = (run, workdir, checkpoints, observer, watch, profiler)
+      _Loop(*parts).take(state, start)
 
 
 def _begin(run: setup.Run, workdir: epath.Path) -> None:
@@ -99,6 +104,7 @@ class _Loop:
   checkpoints: store.Store
   observer: Observer
   watch: Watch
+  profiler: profiling.Profiler
   rollbacks: int = 0  # since a save that none came before
   feed: Any = None
   over: Any = dataclasses.field(
@@ -128,7 +134,8 @@ class _Loop:
     config = self.run.config
     batch = self.feed.take()
     step += 1
-    state, metrics = self.run.take(state, batch, step)
+    with self.profiler.step(step, state):
+      state, metrics = self.run.take(state, batch, step)
     if step % config.ledger_every == 0 or step == config.steps:
       metrics = {**metrics, "checksum": param_checksum(state.params)}
     if step < config.steps:
