@@ -5,12 +5,20 @@ import pathlib
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "local.sh"
 TRAIN = "train --config configs/var.py:d16 --workdir /mnt/gcs/runs/d16".split()
+
+# What runs the tests in the background may ignore it, and bash then does too.
+WITH_SIGINT = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @pytest.fixture
@@ -23,7 +31,7 @@ def local(environment, write_program, tmp_path):
       "program", f'echo $$ >"{tmp_path}/id$JAX_PROCESS_ID"; {body}'
     )
     process = subprocess.Popen(
-      [SCRIPT, str(count), *TRAIN],
+      [sys.executable, "-c", WITH_SIGINT, SCRIPT, str(count), *TRAIN],
       env=environment | {"VAR_JAX": str(program), "GRACE": str(grace)},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,

@@ -46,7 +46,8 @@ class VARTraining:
     )
     cfg = programs.with_dtype(cfg, mesh)
     made = cls(config, mesh, Tokenizer(tokenizer), cfg)
-    made.stage_of(0)  # there is such a first scale
+    # What makes no sense is said before anything is written.
+    made.stage_of(0), made.var, made._loss, made.like  # noqa: B018
     return made
 
   @functools.cached_property
@@ -59,6 +60,10 @@ class VARTraining:
   @functools.cached_property
   def _optimizer(self):
     return programs.optimizer(self.config)
+
+  @functools.cached_property
+  def _loss(self) -> var_step.VARLossConfig:
+    return programs.build(var_step.VARLossConfig, self.config.loss)
 
   @functools.cached_property
   def _growth(self):
@@ -114,7 +119,7 @@ class VARTraining:
       self.var,
       self.tokenizer,
       optimizer,
-      programs.build(var_step.VARLossConfig, self.config.loss),
+      self._loss,
       stage=stage,
       newest_weight=weight,
       **settings,
