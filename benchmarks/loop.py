@@ -36,6 +36,9 @@ def main():
   parser.add_argument("--turns", type=int, default=3)
   parser.add_argument("--batch", type=int, default=64)
   parser.add_argument("--source", default="digits", choices=TOKENIZERS)
+  parser.add_argument(
+    "--transform", default="resize", help="of the digits; jitter costs more"
+  )
   parser.add_argument("--workers", type=int, default=0)
   args = parser.parse_args()
 
@@ -80,7 +83,7 @@ def var_config(folder: pathlib.Path, args):
   config.data.update(
     source=source,
     batch_size=args.batch,
-    transform="jitter" if source == "digits" else "crop",
+    transform=args.transform if source == "digits" else "crop",
     workers=args.workers,
   )
   config.steps, config.checkpoint_every = args.steps, args.steps
