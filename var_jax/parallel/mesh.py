@@ -81,21 +81,21 @@ def make_mesh(
   devices = list(jax.devices() if devices is None else devices)
   shape = resolve(cfg or MeshConfig(), devices)
   size = len(devices) // shape[0]
-  slices = [devices[s * size : (s + 1) * size] for s in range(shape[0])]
-  if devices[0].platform == "tpu":
-    devices.sort(key=lambda d: _slice_of(d))
-    slices = [devices[s * size : (s + 1) * size] for s in range(shape[0])]
-    # Neighbours on the mesh are neighbours on the torus, as far as can be.
-    grids = [
-      mesh_utils.create_device_mesh(
-        shape[1:], part, allow_split_physical_axes=True
-      )
-      for part in slices
-    ]
+  on_torus = devices[0].platform == "tpu"
+  if on_torus:
+    devices.sort(key=_slice_of)
   else:
     devices.sort(key=lambda d: (d.process_index, d.id))
-    slices = [devices[s * size : (s + 1) * size] for s in range(shape[0])]
-    grids = [np.array(part).reshape(shape[1:]) for part in slices]
+  slices = [devices[s * size : (s + 1) * size] for s in range(shape[0])]
+  # On a torus, neighbours on the mesh are neighbours there, as far as can be.
+  grids = [
+    mesh_utils.create_device_mesh(
+      shape[1:], part, allow_split_physical_axes=True
+    )
+    if on_torus
+    else np.array(part).reshape(shape[1:])
+    for part in slices
+  ]
   # Linen names activations with logical axes, which needs Auto.
   return Mesh(np.stack(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
