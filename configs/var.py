@@ -34,7 +34,7 @@ def get_config(preset: str = "d16") -> ml_collections.ConfigDict:
   """Return the config of a preset.
 
   The scale list, codebook and class count are those of the tokenizer and the
-  data; d36-512 wants a tokenizer of the 512 px scale list.
+  data; d36-512 takes a tokenizer of 512 px only.
   """
   name, *suffixes = preset.split(",")
   if name not in PRESETS or suffixes not in ([], ["cached"]):
@@ -77,6 +77,8 @@ def _config(preset: str) -> ml_collections.ConfigDict:
     warmup_fraction=1 / 50,
     weight_decay_end=decay_end,
   )
+  if preset == "d36-512":
+    config.data.image_size = 512
   if preset == "fashion32":
     config.steps = 4000
     config.ema_decay = 0.999

@@ -35,6 +35,7 @@ ALLOWED = {
   "api": {"models", "generation", "checkpoints", "checks", "parallel"},
   "demo": {"api", "data", "models", "training", "files", "images"},
   "doctor": {"data", "ledger", "parallel"},
+  "planning": {"checkpoints", "generation", "models", "parallel", "training"},
   "commands": {
     "api",
     "demo",
@@ -46,6 +47,7 @@ ALLOWED = {
     "files",
     "stablehlo",
     "doctor",
+    "planning",
   },
   "cli": {"commands"},
   "__init__": {"api", "generation", "images", "models", "training"},

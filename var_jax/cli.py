@@ -9,7 +9,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from var_jax.commands import caching, conversion, doctoring, drawing, training
+from var_jax.commands import (
+  caching,
+  conversion,
+  doctoring,
+  drawing,
+  planning,
+  training,
+)
 from var_jax.commands.arguments import Parser, UsageError
 
 
@@ -43,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(
     dest="command", required=True, parser_class=Parser
   )
-  for module in (training, caching, drawing, conversion, doctoring):
+  for module in (training, caching, drawing, conversion, doctoring, planning):
     module.add(commands)
   return parser
 
@@ -51,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 def _overrides(command: str, rest: list[str]) -> list[str]:
   """Return the --config.a.b=value arguments of commands that take them."""
   for argument in rest:
-    takes_them = command in ("train", "cache", "doctor")
+    takes_them = command in ("train", "cache", "doctor", "plan")
     if not takes_them or not argument.startswith("--config."):
       raise UsageError(
         f"argument {argument} is not known; see var-jax {command} --help."

@@ -55,7 +55,9 @@ def follow(
   Logits are (raw of both halves, guided, filtered), concatenated over scales.
   """
   models, params = golden_files.pair(variant)
-  state, modulation = sampler._start(models, params, jnp.array(labels), True)
+  state, modulation = sampler.start_program(
+    models, params, jnp.array(labels), True
+  )
   raws, guideds, filtereds, f_hats, inputs = [], [], [], [], []
   step = jax.jit(sampler.scale_step, static_argnums=(0, 1, 7))
   var_step = jax.jit(
@@ -240,7 +242,7 @@ def test_changing_a_number_compiles_nothing_new():
 def test_cache_and_f_hat_are_donated():
   models, params = golden_files.pair("A")
   labels_B = jnp.array([3, 7])
-  state, modulation = sampler._start(models, params, labels_B, True)
+  state, modulation = sampler.start_program(models, params, labels_B, True)
   options = Options(1.5, 0, 0.0)
   keys_B = sampler.image_keys(jax.random.key(0), 2)
   sampler.scale_program(
@@ -253,7 +255,7 @@ def test_scale_programs_have_no_mask_and_every_dot_says_its_precision():
   """Lowered for TPU, where an unmarked float32 dot runs in bfloat16 passes."""
   models, params = golden_files.pair("A")
   state, modulation = jax.eval_shape(
-    lambda: sampler._start(models, params, jnp.array([3, 7]), True)
+    lambda: sampler.start_program(models, params, jnp.array([3, 7]), True)
   )
   keys_B = jax.eval_shape(lambda: sampler.image_keys(jax.random.key(0), 2))
   traced = sampler.scale_program.trace(

@@ -166,6 +166,16 @@ def kept(step: epath.Path, weights: str) -> str:
   return "ema" if _item(step, weights).name == "ema" else "raw"
 
 
+def held_dtype(path: str, dtype: Any, matmul: str) -> Any:
+  """Return the dtype that a parameter is held in, to be drawn with.
+
+  Args:
+    path: as in `rules.PARAM_AXES`.
+    matmul: dtype of matmul inputs.
+  """
+  return matmul if _ONLY_MULTIPLIED.fullmatch(path) else dtype
+
+
 def read_step(
   step: epath.Path,
   abstract: Any,
@@ -189,7 +199,7 @@ def read_step(
     restore_args = {
       path: ocp.ArrayRestoreArgs(
         sharding=sharding(path, leaf.shape) if callable(sharding) else sharding,
-        dtype=dtype if _ONLY_MULTIPLIED.fullmatch(path) else leaf.dtype,
+        dtype=held_dtype(path, leaf.dtype, dtype),
         global_shape=leaf.shape,
       )
       for path, leaf in part.items()

@@ -117,7 +117,7 @@ def draw_scales(
     given: a scale each, the tokens to keep in place of drawn ones.
   """
   with models.context():
-    state, modulation = _start(models, params, labels_B, guided)
+    state, modulation = start_program(models, params, labels_B, guided)
   for s in range(len(models.var.cfg.schedule)):
     with models.context():
       state, tokens_Bl = scale_program(
@@ -169,7 +169,7 @@ def decode_program(models, params, f_hat_BhwZ) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("models", "guided"))
-def _start(models, params, labels_B, guided) -> tuple[State, Modulation]:
+def start_program(models, params, labels_B, guided) -> tuple[State, Modulation]:
   """Return the empty state, and the modulation table for all scales."""
   cfg, B = models.var.cfg, labels_B.shape[0]
   if guided:  # one batch of 2B rows, the unconditional half below

@@ -16,7 +16,7 @@ from var_jax.training.config import run_config
 FREE_KEYS = (
   "log_every", "ledger_every", "eval_every", "eval_samples", "pictures",
   "checkpoint_every", "keep_checkpoints", "keep_best", "keep_every",
-  "data.eval_source", "data.workers",
+  "data.eval_source", "data.workers", "data.image_size",
   "mesh.slices", "mesh.data", "mesh.fsdp", "mesh.model", "attention",
 )  # fmt: skip
 

@@ -47,6 +47,7 @@ def run_config(kind: str) -> ml_collections.ConfigDict:
   if kind == "var":
     config.attention = "auto"  # or plain, splash (TPU), cudnn (GPU)
     config.tokenizer_path = ""  # the workdir of a trained tokenizer
+    config.data.image_size = 0  # pixels; 0 is that of any tokenizer
     config.data.token_cache = ""  # a folder; train from the tokens in it
     config.data.cache_crops = 1  # an image, of a cache that is written
     config.progressive = section(ProgressiveConfig)

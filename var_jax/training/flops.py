@@ -101,16 +101,42 @@ def var_forward(cfg: VARConfig, tokens: int | None = None) -> float:
     tokens: of the first scales, if not of all.
   """
   L = cfg.schedule.num_tokens if tokens is None else tokens
+  # The block-causal mask hides products; it does not save them.
+  return _var(cfg, L, seen=L * L) + var_ends(cfg, L)
+
+
+def var_sample(cfg: VARConfig, rows: int) -> float:
+  """Return the FLOPs of drawing all scales of one image, without the tokenizer.
+
+  Args:
+    rows: 2 with guidance, which has an unconditional half; else 1.
+  """
+  scales = cfg.schedule
+  ends = [scales.end(s) for s in range(len(scales))]
+  starts = [0, *ends[:-1]]
+  seen = sum((b - a) * b for a, b in zip(starts, ends, strict=True))
+  L = scales.num_tokens
+  return rows * (_var(cfg, L, seen) + var_ends(cfg, L))
+
+
+def var_ends(cfg: VARConfig, tokens: int) -> float:
+  """Return the FLOPs of word embedding and head, which are float32."""
+  D = cfg.width
+  embedding = (tokens - cfg.schedule.end(0)) * cfg.latent_channels * D
+  return 2.0 * (embedding + tokens * D * cfg.vocab_size)
+
+
+def _var(cfg: VARConfig, tokens: int, seen: int) -> float:
+  """Return the FLOPs of layers and modulation.
+
+  Args:
+    seen: pairs of tokens whose attention is computed.
+  """
   D, F = cfg.width, round(cfg.width * cfg.mlp_ratio)
   weights = 3 * D * D + D * D + 2 * D * F  # qkv, projection, MLP
-  # The block-causal mask hides products; it does not save them.
-  attention = 2 * L * L * D
-  layers = cfg.depth * (L * weights + attention)
+  layers = cfg.depth * (tokens * weights + 2 * seen * D)
   adaptations = 1 if cfg.shared_adaln else cfg.depth
-  modulation = adaptations * 6 * D * D + 2 * D * D
-  embedding = (L - cfg.schedule.end(0)) * cfg.latent_channels * D
-  head = L * D * cfg.vocab_size
-  return 2.0 * (layers + modulation + embedding + head)
+  return 2.0 * (layers + adaptations * 6 * D * D + 2 * D * D)
 
 
 def tokenizer_forward(cfg: TokenizerConfig) -> TokenizerFlops:

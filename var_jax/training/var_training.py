@@ -45,6 +45,7 @@ class VARTraining:
       scales=tokenizer.scales,
     )
     cfg = programs.with_dtype(cfg, mesh)
+    _check_fits(config, mesh, tokenizer, cfg)
     made = cls(config, mesh, Tokenizer(tokenizer), cfg)
     # What makes no sense is said before anything is written.
     made.stage_of(0), made.var, made._loss, made.like  # noqa: B018
@@ -139,3 +140,18 @@ class VARTraining:
     encoded = None if cached else self.tokenizer.cfg
     each = flops.var_step(self.cfg, encoded, tokens)
     return programs.Work(tokens, self.config.data.batch_size * each)
+
+
+def _check_fits(config, mesh, tokenizer: TokenizerConfig, cfg: VARConfig):
+  """Raise ValueError unless the images are as asked and the heads divide."""
+  size = config.data.image_size
+  if size and tokenizer.image_shape != (size, size):
+    raise ValueError(
+      f"data.image_size {size} is not that of the tokenizer, "
+      f"{tokenizer.image_shape}; use another tokenizer, or data.image_size=0."
+    )
+  model = mesh.shape["model"]
+  if cfg.heads % model:
+    raise ValueError(
+      f"{cfg.heads} heads do not split over model={model}; use a divisor."
+    )

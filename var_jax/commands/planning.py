@@ -1,0 +1,126 @@
+"""`var-jax plan`."""
+
+import argparse
+import math
+
+from var_jax.commands.arguments import UsageError, count
+from var_jax.commands.training import read_config
+
+
+def add(commands) -> None:
+  """Add the parser of the command."""
+  plan = commands.add_parser(
+    "plan",
+    help="compile a run for a TPU slice that is not there: memory, rate, cost",
+    usage="var-jax plan --config FILE.py[:PRESET] --topology v5e:4x4 "
+    "[--slices N] [--mesh data=..,fsdp=..,model=..|auto] "
+    "[--program train|sample] [--config.a.b=value ...]",
+    description="Exit code 1 if it does not fit. Needs libtpu, as "
+    "pip install 'var-jax[tpu]' brings it, and no TPU.",
+  )
+  plan.add_argument("--config", required=True, help="configs/var.py:d16")
+  plan.add_argument(
+    "--topology", required=True, help="chips of a slice, like v5e:16x16"
+  )
+  plan.add_argument(
+    "--slices", type=count, default=1, help="of that topology, %(default)s"
+  )
+  plan.add_argument(
+    "--mesh",
+    help="in place of the config's; auto compiles the best two by estimate",
+  )
+  plan.add_argument(
+    "--program",
+    choices=("train", "sample"),
+    default="train",
+    help="%(default)s",
+  )
+  plan.add_argument(
+    "--images",
+    type=count,
+    metavar="N",
+    help="to sample at once; 8 for each part of a batch if unsaid",
+  )
+  plan.add_argument(
+    "--classes", type=count, default=1000, help="of the data, %(default)s"
+  )
+  plan.add_argument(
+    "--mfu",
+    type=_share,
+    default=0.4,
+    help="model FLOPs utilisation to reckon with, %(default)s",
+  )
+  plan.add_argument("--price", type=_price, help="of a chip for an hour")
+  plan.add_argument(
+    "--output", default="plan.json", help="the numbers, %(default)s"
+  )
+  plan.set_defaults(run=_plan)
+
+
+def _share(text: str) -> float:
+  value = _price(text)
+  if not 0.0 < value <= 1.0:
+    raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and up to 1")
+  return value
+
+
+def _price(text: str) -> float:
+  try:
+    value = float(text)
+  except ValueError:
+    value = math.nan
+  if not 0.0 <= value < math.inf:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+  return value
+
+
+def _plan(args) -> int:
+  from var_jax import files
+  from var_jax.parallel import mesh
+  from var_jax.planning import plan, topology
+
+  config = read_config(args.config, args.overrides)
+  topology.use_no_tpu()
+  asked = plan.Asked(
+    config,
+    topology.Topology(args.topology, args.slices),
+    plan.tokenizer_of(config),
+    classes=args.classes,
+    images=args.images,
+    mfu=args.mfu,
+    price=args.price,
+  )
+  if args.mesh == "auto":
+    if args.program == "sample" or config.kind == "tokenizer":
+      raise UsageError(
+        "--mesh auto ranks meshes to train a transformer on; name one here, "
+        "or leave the flag out."
+      )
+    chosen = [cfg for cfg, _ in plan.ranked(asked)[:2]]
+  elif args.mesh:
+    chosen = [mesh.parse(args.mesh)]
+  else:
+    chosen = [mesh.MeshConfig(**config.mesh)]
+  compile_one = plan.train if args.program == "train" else plan.sample
+  found = []
+  for cfg in chosen:
+    found.append({"config": args.config} | compile_one(asked, cfg))
+    _print(found[-1])
+  files.write_json(args.output, found)
+  print(f"wrote {args.output}")
+  return int(not any(row["fits"] for row in found))
+
+
+def _print(found) -> None:
+  import rich.console
+  import rich.table
+
+  from var_jax.planning import report
+
+  lines = report.lines(found)
+  table = rich.table.Table(show_header=False, title=report.title(found))
+  table.add_column(overflow="fold")
+  table.add_column(overflow="fold")
+  for line in lines:
+    table.add_row(*line)
+  rich.console.Console().print(table)

@@ -1,0 +1,216 @@
+"""A run's own programs, compiled for devices that are not there."""
+
+import functools
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from var_jax.checkpoints import weights
+from var_jax.generation import sampler
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.transformer import VAR, Modulation
+from var_jax.parallel import mesh as mesh_lib
+from var_jax.parallel import rules
+from var_jax.training import tokenizer_step
+from var_jax.training.tokenizer_training import TokenizerTraining
+from var_jax.training.var_training import VARTraining
+
+
+class Memory(NamedTuple):
+  """What a program holds on one chip, in bytes.
+
+  The peak can be below the sum: temporaries take the place of arguments that
+  are donated and read no more.
+  """
+
+  arguments: int
+  temporaries: int
+  code: int
+  peak: int
+
+
+class DoesNotFit(Exception):
+  """The compiler found no way to keep within a chip's memory.
+
+  Args:
+    needed: bytes, in all or of temporaries alone, where the compiler says.
+  """
+
+  def __init__(self, needed: float | None):
+    super().__init__(needed)
+    self.needed = needed
+
+
+class Compiled(NamedTuple):
+  memory: Memory
+  seconds: float  # to compile, on this machine
+
+
+def train_step(training: VARTraining | TokenizerTraining):
+  """Return the lowered step, the last stage's of progressive training."""
+  config, mesh = training.config, training.mesh
+  batch = batch_like(training)
+  if isinstance(training, TokenizerTraining):
+    return training.step.lower(training.like, None, batch)
+  last = training.stage_of(config.steps - 1)
+  frozen = _tokenizer_like(training.tokenizer, mesh)
+  return training.step(last).lower(training.like, frozen, batch)
+
+
+def batch_like(training: VARTraining | TokenizerTraining):
+  """Return shapes, dtypes and shardings of a batch, as `Feed` has them."""
+  B, mesh = training.config.data.batch_size, training.mesh
+  by_rows = mesh_lib.by_rows(mesh)
+
+  def rows(dtype, *shape):
+    return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=by_rows)
+
+  cfg = training.tokenizer.cfg
+  if training.config.kind == "var" and training.config.data.token_cache:
+    drawn = {"tokens": rows(jnp.uint16, cfg.schedule.num_tokens)}
+  else:
+    drawn = {"image": rows(jnp.uint8, *cfg.image_shape, 3)}
+  numbers = ("label", "index", "position", "skipped")
+  digests = ("raw_digest", "digest")
+  return (
+    drawn
+    | {name: rows(jnp.int32) for name in numbers}
+    | {name: rows(jnp.uint32, 2) for name in digests}
+  )
+
+
+@functools.cache
+def tokenizer_shapes(tokenizer: Tokenizer) -> Any:
+  """Return the shapes and dtypes of a tokenizer's variables."""
+  key = jax.random.key(0)
+  return jax.eval_shape(lambda: tokenizer_step.init_params(tokenizer, key))
+
+
+def sample_programs(
+  training: VARTraining, images: int
+) -> Iterator[tuple[str, jax.stages.Lowered]]:
+  """Yield the finest scale's program and the decoder's, by name.
+
+  No other scale needs more: all of them hold the same cache.
+
+  Args:
+    images: drawn at once, by all devices together.
+  """
+  mesh, cfg = training.mesh, training.cfg
+  models = sampler.Models(training.tokenizer, VAR(cfg), rules.Context(mesh))
+  params = _held(training)
+  by_rows = mesh_lib.by_rows(mesh)
+
+  def rows(dtype, *shape):
+    return jax.ShapeDtypeStruct((images, *shape), dtype, sharding=by_rows)
+
+  keys_B = rows(jax.eval_shape(lambda: jax.random.key(0)).dtype)
+  state, modulation = jax.eval_shape(
+    lambda params, labels_B: sampler.start_program(
+      models, params, labels_B, True
+    ),
+    params,
+    rows(jnp.int32),
+  )
+  state = sampler.State(
+    _placed(state.cache, mesh, ("layers", "batch", "length", "heads")),
+    _placed(state.f_hat_BhwZ, mesh, ("batch", None, None, None)),
+  )
+  modulation = Modulation(
+    _placed(modulation.cond_BD, mesh, ("batch", None)),
+    _placed(modulation.blocks_RB6D, mesh, (None, "batch", None, None)),
+    _placed(modulation.head_B2D, mesh, ("batch", None)),
+  )
+  finest = len(cfg.schedule) - 1
+  how = dict(guided=True, smooth=False)
+  with models.context():
+    yield (
+      "finest scale",
+      sampler.scale_program.lower(
+        models,
+        finest,
+        params=params,
+        state=state,
+        modulation=modulation,
+        keys_B=keys_B,
+        options=sampler.Options(),
+        given=None,
+        **how,
+      ),
+    )
+    yield (
+      "decoder",
+      sampler.decode_program.lower(models, params, state.f_hat_BhwZ),
+    )
+
+
+def compiled(lowered: jax.stages.Lowered) -> Compiled:
+  """Compile; return what it takes.
+
+  Raises:
+    DoesNotFit: it needs more memory than a chip has.
+  """
+  begin = time.monotonic()
+  try:
+    program = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise DoesNotFit(_needed(str(error))) from None
+  found = program.memory_analysis()
+  memory = Memory(
+    arguments=found.argument_size_in_bytes,
+    temporaries=found.temp_size_in_bytes,
+    code=found.generated_code_size_in_bytes,
+    peak=found.peak_memory_in_bytes,
+  )
+  return Compiled(memory, time.monotonic() - begin)
+
+
+def _needed(message: str) -> float | None:
+  """Return the bytes that the compiler says it would have to have."""
+  found = re.search(
+    r"temporaries \(([\d.]+)([KMG])|Used ([\d.]+)([KMG])", message
+  )
+  if not found:
+    return None
+  number, unit = (part for part in found.groups() if part)
+  return float(number) * {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}[unit]
+
+
+def _held(training: VARTraining) -> sampler.ModelParams:
+  """Return the shapes of a model's parameters as `load` holds them."""
+  mesh, matmul = training.mesh, training.cfg.dtype
+
+  def held(path, leaf):
+    name = rules.name_of(path)
+    return jax.ShapeDtypeStruct(
+      leaf.shape,
+      weights.held_dtype(name, leaf.dtype, matmul),
+      sharding=rules.sharding(mesh, name, leaf.shape),
+    )
+
+  frozen = _tokenizer_like(training.tokenizer, mesh)
+  return sampler.ModelParams(
+    *(
+      jax.tree.map_with_path(held, tree)
+      for tree in (frozen, training.like.params)
+    )
+  )
+
+
+def _tokenizer_like(tokenizer: Tokenizer, mesh) -> Any:
+  """Return the shapes of a frozen tokenizer, the same on all devices."""
+  return _placed(tokenizer_shapes(tokenizer), mesh, ())
+
+
+def _placed(shapes: Any, mesh, axes: tuple[str | None, ...]) -> Any:
+  """Return shapes that lie on the mesh as logical axes say."""
+  sharding = jax.NamedSharding(mesh, rules.logical(mesh, axes))
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+  )
