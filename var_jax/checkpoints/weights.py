@@ -48,6 +48,15 @@ def read_models(folder: epath.PathLike, **how) -> tuple[Description, Any, Any]:
   return description, tokenizer, transformer
 
 
+def shapes(folder: epath.PathLike) -> list[Any]:
+  """Return the shapes of what `read_models` would read; no array is read."""
+  description = Description.read(split_step(folder)[0])
+  trees = [torch_format.abstract_tokenizer(description.tokenizer)]
+  if description.transformer:
+    trees.append(torch_format.abstract_var(description.transformer))
+  return [{"params": tree} for tree in trees]
+
+
 def read_tokenizer(
   folder: epath.PathLike,
   *,
