@@ -278,6 +278,8 @@ def write_tokenizer(
   folder = epath.Path(workdir) / "tokenizer"
   # Without the workdir's config.json, what an interrupted start left.
   folder.rmtree(missing_ok=True)
+  # Of what lies on several processes Orbax would write this one's share.
+  variables = jax.device_get(variables)
   with files.new_folder(folder) as aside:
     write_model(aside, description, variables, code_hits_SV)
 
