@@ -272,13 +272,13 @@ class Model:
 
   def _spread(self, array):
     """Return an array by rows, filled up to divide; as it is without a mesh."""
-    if self.mesh is None:
-      return array
-    return mesh_lib.spread(self.mesh, array)
+    return array if self.mesh is None else mesh_lib.spread(self.mesh, array)
 
   def _cut(self, tree, rows: int):
     """Return the first rows: what filled the batch up is not the caller's."""
-    return jax.tree.map(lambda x: x if len(x) == rows else x[:rows], tree)
+    if self.mesh is None:
+      return tree
+    return jax.tree.map(lambda x: mesh_lib.cut(self.mesh, x, rows), tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
