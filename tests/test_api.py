@@ -226,6 +226,19 @@ def test_loads_that_make_no_sense_are_errors(tmp_path, options, message):
     var_jax.load(tmp_path, **options)
 
 
+@pytest.mark.parametrize("axis, size", [("model", 3), ("fsdp", 5)])
+def test_a_mesh_that_does_not_divide_is_refused_by_description(
+  tmp_path, axis, size
+):
+  """There is nothing else to read."""
+  models, _ = golden_files.pair("A")
+  Description(models.tokenizer.cfg, models.var.cfg).write(tmp_path)
+  mesh = jax.sharding.AbstractMesh((size,), (axis,))
+  message = f"is not divisible by {axis}={size}; use a mesh like data={size}"
+  with pytest.raises(ValueError, match=rf"{message},fsdp=1,model=1\.$"):
+    var_jax.load(tmp_path, mesh=mesh)
+
+
 def test_samples_are_the_same_on_eight_devices(tmp_path):
   """In a process of its own: the number of devices is fixed at the start."""
   models, params = golden_files.pair("A")

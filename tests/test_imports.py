@@ -30,7 +30,7 @@ ALLOWED = {
   },
   "files": set(),
   "images": {"files"},
-  "checks": {"models", "generation"},
+  "checks": {"models", "generation", "parallel"},
   "stablehlo": {"api", "generation", "checkpoints", "files"},
   "api": {"models", "generation", "checkpoints", "checks", "parallel"},
   "demo": {"api", "data", "models", "training", "files", "images"},

@@ -58,17 +58,18 @@ def load(
 
   Raises:
     ValueError: there is no checkpoint, it cannot be read, or it is not what
-      its checksums say.
+      its checksums say; or its parameters do not divide on the mesh.
   """
   # Here and not above: sampling a model in memory needs no Orbax.
-  from var_jax.checkpoints.weights import read_models
+  from var_jax.checkpoints import weights as weights_lib
 
   dtype = resolve_dtype(dtype)
   sharding, context = None, contextlib.nullcontext
   if mesh is not None:
+    rules.check_divides(mesh, weights_lib.shapes(path))
     sharding = functools.partial(rules.sharding, mesh)
     context = rules.Context(mesh)
-  description, tokenizer_params, var_params = read_models(
+  description, tokenizer_params, var_params = weights_lib.read_models(
     path, weights=weights, sharding=sharding, dtype=dtype
   )
   tokenizer = dataclasses.replace(description.tokenizer, dtype=dtype)
@@ -91,6 +92,10 @@ class Model:
   Images are float32 [B, H, W, 3] in [-1, 1]; tokens int32 [B, L], scales
   concatenated coarse to fine; labels 0..C-1, or -1 for unconditional. Every
   method raises ValueError on an argument that does not fit.
+
+  On a mesh, results are split by rows, or whole on every device where rows do
+  not divide. All its processes make every call, with the same values or what
+  a call returned; `parallel.multihost.gathered` makes NumPy of that.
   """
 
   def __init__(
@@ -267,13 +272,13 @@ class Model:
 
   def _spread(self, array):
     """Return an array by rows, filled up to divide; as it is without a mesh."""
-    if self.mesh is None:
-      return array
-    return mesh_lib.spread(self.mesh, array)
+    return array if self.mesh is None else mesh_lib.spread(self.mesh, array)
 
   def _cut(self, tree, rows: int):
     """Return the first rows: what filled the batch up is not the caller's."""
-    return jax.tree.map(lambda x: x if len(x) == rows else x[:rows], tree)
+    if self.mesh is None:
+      return tree
+    return jax.tree.map(lambda x: mesh_lib.cut(self.mesh, x, rows), tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

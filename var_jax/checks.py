@@ -11,6 +11,7 @@ from var_jax.generation.sampler import Options
 from var_jax.models.scales import ScaleSchedule
 from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.models.transformer import VARConfig
+from var_jax.parallel import multihost
 
 
 def labels(labels_B, cfg: VARConfig | None) -> jax.Array:
@@ -119,7 +120,9 @@ def tokens(
 
 
 def _array(value, name: str) -> np.ndarray:
-  """Return an array of numbers."""
+  """Return an array of numbers, the whole of it in each process."""
+  if isinstance(value, jax.Array):
+    value = multihost.gathered(value)
   try:
     array = np.asarray(value)
   except ValueError:  # ragged

@@ -1,6 +1,7 @@
 """What is split over a mesh is what one device computes.
 
-The programs of real runs, on 8 fake devices in a process of its own.
+The programs of real runs, on 8 fake devices in a process of its own, and on 4
+of two processes.
 """
 
 import os
@@ -23,19 +24,29 @@ MESHES = (
   "data=2,fsdp=2,model=2",
   "slices=2,data=2,fsdp=2",
 )
+DRAWN = ("tokens", "edited", "tokens_streamed", "tokens_again")
+# Of two processes with two devices each: rows and parameters are split over
+# processes, heads within one.
+SEVERAL = "fsdp=2,model=2"
+IN_EACH = tuple(f"{SEVERAL}@{process}" for process in range(2))
 
 
-def run_on(folder, devices, *meshes):
+def run_on(folder, devices, *meshes, processes=1):
   environment = os.environ | {
     # Most of the time is compiling: no faster program is worth it here.
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-    "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "DEVICES": str(devices),
+    "VAR_JAX": sys.executable,
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
   }
+  if processes > 1:
+    # Programs of several processes are not looked for among kept ones.
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
   script = pathlib.Path(__file__).with_name("run_on_meshes.py")
+  launcher = [ROOT / "launch" / "local.sh", str(processes)]
   subprocess.run(
-    [sys.executable, script, folder, *meshes], check=True, env=environment
+    [*launcher, script, folder, *meshes], check=True, env=environment
   )
 
 
@@ -54,7 +65,6 @@ def transformer(tmp_path_factory):
   config.data.batch_size = 16
   config.eval_every, config.eval_samples = 1, 20
   config.steps = 1
-  config.pictures = 0
   loop.train(config, folder / "trained")
   return results(folder, config)
 
@@ -73,9 +83,9 @@ def results(folder, config, meshes=MESHES):
   (folder / "config.json").write_text(config.to_json())
   run_on(folder, 1, "data=1")
   run_on(folder, 8, *meshes)
-  return {
-    mesh: dict(np.load(folder / f"{mesh}.npz")) for mesh in ("data=1", *meshes)
-  }
+  run_on(folder, 2, SEVERAL, processes=2)
+  names = ("data=1", *meshes, *IN_EACH)
+  return {name: dict(np.load(folder / f"{name}.npz")) for name in names}
 
 
 def check(found, expected, grads_within):
@@ -84,12 +94,17 @@ def check(found, expected, grads_within):
   Args:
     grads_within: of what the gradients' tolerance is 1e-5: "leaf" or "all".
   """
-  assert found.keys() == expected.keys()
-  for name, here in expected.items():
-    there = found[name]
+  undrawn = expected.keys() - found.keys()
+  assert all(name.startswith("pictures/") for name in undrawn), undrawn
+  for name, there in found.items():
+    here = expected[name]
     kind = name.partition("/")[0]
-    if kind in ("params", "record", "tokens", "edited"):
+    if kind in ("params", "record") or kind in DRAWN:
       np.testing.assert_array_equal(there, here, name)
+    elif kind == "pictures":
+      # Of 255 levels; what is near the middle of two may be rounded to either.
+      assert there.shape == here.shape and there.dtype == np.uint8
+      np.testing.assert_allclose(there, here, rtol=0, atol=1, err_msg=name)
     elif kind == "grads":
       scale = (
         np.abs(here).max() if grads_within == "leaf" else largest(expected)
@@ -106,12 +121,12 @@ def largest(found):
   return max(np.abs(v).max() for k, v in found.items() if k.startswith("grads"))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", MESHES + IN_EACH)
 def test_a_transformer_trains_evaluates_and_draws_alike(transformer, mesh):
   check(transformer[mesh], transformer["data=1"], "leaf")
 
 
-@pytest.mark.parametrize("mesh", MESHES[-2:])
+@pytest.mark.parametrize("mesh", MESHES[-2:] + IN_EACH)
 def test_a_tokenizer_trains_and_evaluates_alike(tokenizer, mesh):
   # Of a bias before a norm the gradient is what cancellation leaves.
   check(tokenizer[mesh], tokenizer["data=1"], "all")

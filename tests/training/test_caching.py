@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -21,6 +24,7 @@ from var_jax.data.token_cache import TokenSource, Writer
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.training import caching, tokenizer_step
 
+ROOT = pathlib.Path(__file__).parents[2]
 SAMPLES, SHARDS = 70, 3  # 23, 23 and 24 samples: batches of 8 are padded
 
 
@@ -176,6 +180,37 @@ def test_two_processes_share_the_work(root, cache, tmp_path):
   assert there == ["progress", names[1]]
   caching.build(config, folder, share=(0, 2), num_shards=SHARDS)
   assert content(folder) == content(cache)
+
+
+BUILD = """
+import json, sys, ml_collections
+from var_jax.parallel import multihost
+from var_jax.training import caching
+
+config, folder, shards = sys.argv[1:]
+with multihost.joined():
+  config = ml_collections.ConfigDict(json.loads(config))
+  caching.build(config, folder, num_shards=int(shards))
+"""
+
+
+def test_joined_processes_share_the_work(root, cache, tmp_path):
+  """Two and one of the shards, and the first process writes the manifest."""
+  folder = tmp_path / "shared"
+  arguments = [make_config(root).to_json(), folder, str(SHARDS)]
+  done = subprocess.run(
+    [ROOT / "launch" / "local.sh", "2", "-c", BUILD, *arguments],
+    env=os.environ
+    | {"VAR_JAX": sys.executable, "DEVICES": "1", "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stdout
+  assert content(folder) == content(cache)
+  for said in ("[0] shard 2/2  47/47", "[1] shard 1/1  23/23"):
+    assert done.stdout.count(said) == 1, done.stdout
+  (line,) = [x for x in done.stdout.splitlines() if " holds 70 samples" in x]
+  assert line.startswith("[0] ")
 
 
 def test_worker_processes_change_nothing(root, cache, tmp_path):

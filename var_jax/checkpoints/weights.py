@@ -48,6 +48,15 @@ def read_models(folder: epath.PathLike, **how) -> tuple[Description, Any, Any]:
   return description, tokenizer, transformer
 
 
+def shapes(folder: epath.PathLike) -> list[Any]:
+  """Return the shapes of what `read_models` would read; no array is read."""
+  description = Description.read(split_step(folder)[0])
+  trees = [torch_format.abstract_tokenizer(description.tokenizer)]
+  if description.transformer:
+    trees.append(torch_format.abstract_var(description.transformer))
+  return [{"params": tree} for tree in trees]
+
+
 def read_tokenizer(
   folder: epath.PathLike,
   *,
@@ -279,6 +288,8 @@ def write_tokenizer(
   folder = epath.Path(workdir) / "tokenizer"
   # Without the workdir's config.json, what an interrupted start left.
   folder.rmtree(missing_ok=True)
+  # Of what lies on several processes Orbax would write this one's share.
+  variables = jax.device_get(variables)
   with files.new_folder(folder) as aside:
     write_model(aside, description, variables, code_hits_SV)
 

@@ -10,10 +10,12 @@ own devices only.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -224,14 +226,48 @@ def spread(mesh: Mesh, array: np.ndarray | jax.Array) -> jax.Array:
   """Return an array by rows, filled up with its last row until it divides.
 
   Args:
-    array: the same in all processes; keys of jax.random too.
+    array: the same in all processes, or on the devices of the mesh; keys of
+      jax.random too.
   """
   if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
     data = spread(mesh, jax.random.key_data(array))
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
-  array = np.asarray(array)
   missing = -len(array) % row_shards(mesh)
+  if _is_on(mesh, array):
+    return _resized(array, len(array) + missing, by_rows(mesh))
+  array = np.asarray(array)
   array = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
   return jax.make_array_from_callback(
     array.shape, by_rows(mesh), lambda index: array[index]
   )
+
+
+def cut(mesh: Mesh, array: jax.Array, rows: int) -> jax.Array:
+  """Return the first rows, by rows, or on every device if they do not divide.
+
+  Args:
+    array: on the devices of the mesh.
+  """
+  even = rows % row_shards(mesh) == 0
+  return _resized(array, rows, by_rows(mesh) if even else replicated(mesh))
+
+
+def _is_on(mesh: Mesh, array: np.ndarray | jax.Array) -> bool:
+  return isinstance(array, jax.Array) and (
+    array.sharding.device_set == set(mesh.devices.flat)
+  )
+
+
+def _resized(array: jax.Array, rows: int, where: NamedSharding) -> jax.Array:
+  """Return an array cut to so many rows, or filled up with its last one."""
+  lies = array.sharding.is_equivalent_to(where, array.ndim)
+  return array if lies and len(array) == rows else _resizer(where)(array, rows)
+
+
+@functools.cache
+def _resizer(where: NamedSharding):
+  def resized(array, rows: int):
+    more = jnp.repeat(array[-1:], max(rows - len(array), 0), axis=0)
+    return jnp.concatenate([array[:rows], more])
+
+  return jax.jit(resized, static_argnums=1, out_shardings=where)

@@ -182,7 +182,10 @@ def first_writes(write: Callable[[], None]) -> None:
 
 
 def gathered(array: jax.Array) -> np.ndarray:
-  """Return the whole of an array that lies on devices of all processes."""
-  if array.is_fully_addressable:
+  """Return the whole of an array that lies on devices of all processes.
+
+  Each of them calls it, in the same order as the others.
+  """
+  if array.is_fully_addressable or array.is_fully_replicated:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
