@@ -59,8 +59,9 @@ def _plan(folder: pathlib.Path, row) -> None:
 
 def _table(rows, args) -> str:
   lines = [
-    "| model | slice | mesh | images a chip | peak GiB | estimate | compiled in s "
-    "| PFLOP a step | GiB over ICI | over DCN | bound ms | images/s | days |",
+    "| model | slice | mesh | images a chip | peak GiB | estimate "
+    "| compiled in s | PFLOP a step | GiB over ICI | over DCN | bound ms "
+    "| images/s | days |",
     "|---" * 13 + "|",
   ]
   for row in rows:

@@ -9,7 +9,7 @@ import pytest
 from jax.extend import core
 
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from var_jax.models.transformer import VAR, VARConfig
+from var_jax.models.transformer import VAR, KVCache, VARConfig
 from var_jax.training import flops
 
 D16, RELEASED = VARConfig(), TokenizerConfig()
@@ -168,3 +168,23 @@ def test_a_step_costs_three_forward_passes_of_what_learns():
 )
 def test_peaks_go_by_the_longest_name_that_fits(kind, want):
   assert flops.peak(kind) == want
+
+
+def test_drawing_counts_as_many_as_the_sampler_s_steps():
+  var, rows = VAR(SMALL_VAR), 2
+
+  def draw(variables, labels_B):
+    apply = functools.partial(var.apply, variables)
+    modulation = apply(labels_B, method="modulate")
+    cache = KVCache.create(SMALL_VAR, rows)
+    for s, (i, j) in enumerate(SMALL_VAR.schedule.shapes):
+      inputs_BlZ = jnp.zeros((rows, i * j, SMALL_VAR.latent_channels))
+      _, cache = apply(s, inputs_BlZ, modulation, cache, method="step")
+    return cache
+
+  variables = jax.eval_shape(
+    var.init, jax.random.key(0), *var_inputs(SMALL_VAR, 18)
+  )
+  labels_B = spec(rows, dtype=jnp.int32)
+  want = products(jax.make_jaxpr(draw)(variables, labels_B).jaxpr)
+  assert flops.var_sample(SMALL_VAR, rows) == want

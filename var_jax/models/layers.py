@@ -74,19 +74,43 @@ def attend(
   Args:
     mask_lT: bool, True where l may see T; None where all is visible.
   """
-  precision = matmul_precision(q_BlNK.dtype)
-  logits_BNlT = jnp.einsum(
-    "blnk,btnk->bnlt",
-    q_BlNK,
-    k_BTNK,
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )
+  logits_BNlT = _scores(q_BlNK, k_BTNK)
   if mask_lT is not None:
     logits_BNlT = jnp.where(mask_lT, logits_BNlT, -jnp.inf)
   weights_BNlT = jax.nn.softmax(logits_BNlT, axis=-1).astype(v_BTNK.dtype)
+  return _product("bnlt,btnk->blnk", weights_BNlT, v_BTNK)
+
+
+@jax.custom_vjp
+def _scores(q_BlNK: jax.Array, k_BTNK: jax.Array) -> jax.Array:
+  """Return q k^T in float32, [B, N, l, T]; gradients are products in dtype."""
+  return _product("blnk,btnk->bnlt", q_BlNK, k_BTNK, jnp.float32)
+
+
+def _scores_fwd(q_BlNK, k_BTNK):
+  return _scores(q_BlNK, k_BTNK), (q_BlNK, k_BTNK)
+
+
+def _scores_bwd(qk, grad_BNlT):
+  q_BlNK, k_BTNK = qk
+  # By itself the float32 gradient would make float32 products of these.
+  grad_BNlT = grad_BNlT.astype(q_BlNK.dtype)
+  return (
+    _product("bnlt,btnk->blnk", grad_BNlT, k_BTNK),
+    _product("bnlt,blnk->btnk", grad_BNlT, q_BlNK),
+  )
+
+
+_scores.defvjp(_scores_fwd, _scores_bwd)
+
+
+def _product(axes: str, a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
   return jnp.einsum(
-    "bnlt,btnk->blnk", weights_BNlT, v_BTNK, precision=precision
+    axes,
+    a,
+    b,
+    precision=matmul_precision(a.dtype),
+    preferred_element_type=dtype,
   )
 
 

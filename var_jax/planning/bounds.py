@@ -14,7 +14,6 @@ from typing import NamedTuple
 from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.models.transformer import VARConfig
 from var_jax.parallel import rules
-from var_jax.planning.topology import Chip
 from var_jax.training import flops
 
 # Precision.HIGHEST takes a float32 product in so many bfloat16 ones.
@@ -29,29 +28,12 @@ class Traffic(NamedTuple):
 
 
 class Bounds(NamedTuple):
-  """Seconds of a step."""
+  """Seconds of a step, or of a batch that is drawn."""
 
   compute: float
   memory: float
   ici: float
   dcn: float
-
-
-def bounds(
-  chip: Chip, chips: int, products: float, hbm: float, traffic: Traffic
-) -> Bounds:
-  """Return what each unit needs.
-
-  Args:
-    products: bfloat16 FLOPs of all chips, see `train_products`.
-    hbm: bytes that one chip reads and writes.
-  """
-  return Bounds(
-    products / (chips * chip.flops),
-    hbm / chip.hbm_rate,
-    traffic.ici / chip.ici_rate,
-    traffic.dcn / chip.dcn_rate,
-  )
 
 
 def var_products(
@@ -113,10 +95,8 @@ def gradients(
   """
   ici = dcn = 0.0
   for path, shape in shapes.items():
-    layers = path.startswith(("blocks/", "ada/"))
-    width = 2 if layers and dtype == "bfloat16" else 4
     over = _split_over(path, shape)
-    held = width * math.prod(shape)
+    held = _width(path, dtype) * math.prod(shape)
     if "model" in over:
       held /= sizes["model"]
     if "fsdp" in over:
@@ -129,7 +109,22 @@ def gradients(
   return Traffic(parts * ici, parts * dcn)
 
 
-def activations(
+def gathered(
+  shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], dtype: str
+) -> float:
+  """Return the bytes over ICI of gathering all parameters once."""
+  total = 0.0
+  for path, shape in shapes.items():
+    over = _split_over(path, shape)
+    if "fsdp" in over:
+      held = _width(path, dtype) * math.prod(shape)
+      if "model" in over:
+        held /= sizes["model"]
+      total += _rest(sizes["fsdp"]) * held
+  return total
+
+
+def train_sums(
   cfg: VARConfig, tokens: int, rows: float, sizes: Mapping[str, int]
 ) -> float:
   """Return the bytes over ICI of what heads and MLP parts add up to.
@@ -137,11 +132,23 @@ def activations(
   Args:
     rows: of the batch, that a chip works on.
   """
-  # Attention and MLP, forward and backward; with remat attention again.
-  times = 4 + (cfg.remat == "full")
-  width = 2 if cfg.dtype == "bfloat16" else 4
-  held = width * rows * tokens * cfg.width
-  return cfg.depth * times * 2 * _rest(sizes["model"]) * held
+  forward = forward_sums(cfg, tokens, rows, sizes)
+  # Backward as often as forward; with remat attention once more.
+  return forward * (2.5 if cfg.remat == "full" else 2)
+
+
+def forward_sums(
+  cfg: VARConfig, tokens: int, rows: float, sizes: Mapping[str, int]
+) -> float:
+  """Return the same of the forward pass: attention and MLP of each layer."""
+  held = _width("blocks/", cfg.dtype) * rows * tokens * cfg.width
+  return cfg.depth * 2 * 2 * _rest(sizes["model"]) * held
+
+
+def _width(path: str, dtype: str) -> int:
+  """Return the bytes of a parameter's element where it is multiplied."""
+  layers = path.startswith(("blocks/", "ada/"))
+  return 2 if layers and dtype == "bfloat16" else 4
 
 
 def _split_over(path: str, shape: tuple[int, ...]) -> set[str]:

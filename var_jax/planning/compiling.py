@@ -74,13 +74,14 @@ def batch_like(training: VARTraining | TokenizerTraining):
     drawn = {"tokens": rows(jnp.uint16, cfg.schedule.num_tokens)}
   else:
     drawn = {"image": rows(jnp.uint8, *cfg.image_shape, 3)}
-  numbers = ("label", "index", "position", "skipped")
-  digests = ("raw_digest", "digest")
-  return (
-    drawn
-    | {name: rows(jnp.int32) for name in numbers}
-    | {name: rows(jnp.uint32, 2) for name in digests}
-  )
+  return drawn | {
+    "label": rows(jnp.int32),
+    "index": rows(jnp.uint32),
+    "position": rows(jnp.uint32),
+    "skipped": rows(jnp.int32),
+    "raw_digest": rows(jnp.uint32, 2),
+    "digest": rows(jnp.uint32, 2),
+  }
 
 
 @functools.cache

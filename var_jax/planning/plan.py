@@ -178,8 +178,7 @@ def sample(asked: Asked, cfg: MeshConfig) -> dict[str, Any]:
   tokenizer = training.tokenizer.cfg
   each = flops.var_sample(training.cfg, rows=2)
   each += flops.tokenizer_forward(tokenizer).decoder
-  products = images * bounds.sample_products(training.cfg, tokenizer)
-  limits = bounds.Bounds(products / mesh.size / asked.topology.chip.flops)
+  limits = _sample_bounds(asked, training, images)
   return _head(asked, "sample", training, programs) | {
     "images": images,
     "flops_per_image": each,
@@ -268,6 +267,24 @@ def _train_bounds(asked: Asked, training: Training, mesh) -> bounds.Bounds:
   )
 
 
+def _sample_bounds(asked: Asked, training: VARTraining, images: int):
+  mesh, cfg, chip = training.mesh, training.cfg, asked.topology.chip
+  products = images * bounds.sample_products(cfg, training.tokenizer.cfg)
+  shapes = memory.parameter_shapes(training)
+  # Every scale reads all parameters: those of a chip and those it gathers.
+  held = 2 * sum(map(math.prod, shapes.values())) / mesh.shape["model"]
+  gathered = bounds.gathered(shapes, mesh.shape, cfg.dtype)
+  times, rows = len(cfg.schedule), 2 * images / mesh_lib.row_shards(mesh)
+  tokens = cfg.schedule.num_tokens
+  summed = bounds.forward_sums(cfg, tokens, rows, mesh.shape)
+  return bounds.Bounds(
+    compute=products / mesh.size / chip.flops,
+    memory=times * held / chip.hbm_rate,
+    ici=(times * gathered + summed) / chip.ici_rate,
+    dcn=0.0,
+  )
+
+
 def _traffic(asked: Asked, training: Training, mesh) -> bounds.Traffic:
   config = asked.config
   shapes = memory.parameter_shapes(training)
@@ -277,7 +294,7 @@ def _traffic(asked: Asked, training: Training, mesh) -> bounds.Traffic:
   traffic = bounds.gradients(shapes, mesh.shape, training.cfg.dtype, parts)
   rows = config.data.batch_size / mesh_lib.row_shards(mesh)
   tokens = training.work(training.stage_of(config.steps - 1)).tokens_per_image
-  summed = bounds.activations(training.cfg, tokens, rows, mesh.shape)
+  summed = bounds.train_sums(training.cfg, tokens, rows, mesh.shape)
   return traffic._replace(ici=traffic.ici + summed)
 
 
