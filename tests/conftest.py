@@ -1,4 +1,4 @@
-"""Compiled programs are kept for one run of the tests and all its processes.
+"""Tests run on CPU. Compiled programs are kept for one run of the tests and all its processes.
 
 Many tests train the same small models; compiling them is most of the time.
 """
@@ -12,7 +12,9 @@ _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 _PREFIX = "var_jax_tests_"
 COMPILED = pathlib.Path(tempfile.gettempdir()) / f"{_PREFIX}{_RUN}"
 
-# Before jax is imported, and for the processes that tests start.
+# Before jax is imported, and for the processes that tests start. The compiler
+# for TPU, if it is installed, would look for chips.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
