@@ -1,4 +1,4 @@
-"""Tests run on CPU. Compiled programs are kept for one run of the tests and all its processes.
+"""Tests run on CPU, and keep compiled programs for all processes of a run.
 
 Many tests train the same small models; compiling them is most of the time.
 """
