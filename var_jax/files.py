@@ -1,7 +1,12 @@
-"""Files that are there whole or not at all: written aside, then renamed."""
+"""Files that are there whole or not at all, on a disk or in a bucket.
+
+On a disk they are written aside, then renamed. A bucket renames nothing, and
+an object appears there at once, when all of it was uploaded.
+"""
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -14,9 +19,60 @@ from typing import Any
 from etils import epath
 
 
+# What epath needs to reach a bucket, by the beginning of a path.
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+
+
+def in_bucket(path: epath.PathLike) -> bool:
+  """Return whether a path is no file system's."""
+  return "://" in os.fspath(path)
+
+
+def absolute(
+  path: epath.PathLike, buckets: tuple[str, ...] = ("gs",)
+) -> epath.Path:
+  """Return a path that means the same in every working folder.
+
+  Args:
+    buckets: that will do. Orbax writes checkpoints to gs:// alone.
+
+  Raises:
+    ValueError: it is in another one, or a package is missing.
+  """
+  path = os.fspath(path)
+  if not in_bucket(path):
+    return epath.Path(path).absolute()
+  kind = path.partition("://")[0]
+  if kind not in buckets:
+    known = " or ".join(f"{name}://BUCKET/.." for name in buckets)
+    raise ValueError(
+      f"{path!r} is in no place that this can use; give a folder, or {known}, "
+      "or mount the bucket."
+    )
+  if importlib.util.find_spec(_PACKAGES[kind]) is None:
+    raise ValueError(
+      f"{path!r} needs {_PACKAGES[kind]}, which is not installed; pip install "
+      f"'var-jax[{kind}]'."
+    )
+  # Else epath imports TensorFlow where there is one.
+  os.environ.setdefault("EPATH_USE_TF", "false")
+  import fsspec
+
+  # Orbax and other hosts write what a remembered listing does not have.
+  settings = fsspec.config.conf.setdefault(_FSSPEC[kind], {})
+  settings["use_listings_cache"] = False
+  return epath.Path(path)
+
+
+_FSSPEC = {"gs": "gcs", "s3": "s3"}
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
   """Write a file; whoever looks sees the old content or all of the new."""
   path = epath.Path(path)
+  if in_bucket(path):
+    path.write_bytes(data)
+    return
   aside = path.with_name(f".{path.name}.partial")
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
@@ -53,19 +109,26 @@ def read_json(path: epath.PathLike) -> Any:
 def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
   """Give a folder to fill; it gets its name when all went well, or is gone.
 
+  In a bucket it has its name from the beginning: write last what makes it
+  count, or a kill leaves a folder that looks whole.
+
   Raises:
     ValueError: there is something of that name already.
   """
-  path = epath.Path(path).absolute()
+  path = absolute(path)
   check_new(path)
-  made = [parent for parent in path.parents if not parent.exists()]
-  aside = path.with_name(f".{path.name}.partial")
+  if in_bucket(path):
+    aside, made = path, []
+  else:
+    aside = path.with_name(f".{path.name}.partial")
+    made = [parent for parent in path.parents if not parent.exists()]
   aside.rmtree(missing_ok=True)  # what a killed process left
   _unfinished[aside] = made
   try:
-    aside.mkdir(parents=True)
+    aside.mkdir(parents=True, exist_ok=True)
     yield aside
-    aside.rename(path)
+    if aside != path:
+      aside.rename(path)
   except BaseException:
     _remove(aside)
     raise

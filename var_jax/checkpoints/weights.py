@@ -115,7 +115,7 @@ def split_step(
   Raises:
     ValueError: there is no such step.
   """
-  path = epath.Path(path).absolute()
+  path = files.absolute(path)
   if path.parent.name != "checkpoints" or not path.name.isdigit():
     return path, None
   workdir = path.parent.parent
@@ -130,7 +130,7 @@ def split_step(
 
 def tokenizer_folder(workdir: epath.PathLike) -> epath.Path:
   """Return where the tokenizer lies: a transformer's is within its workdir."""
-  folder = epath.Path(workdir).absolute()
+  folder = files.absolute(workdir)
   if not Description.read(folder).transformer:
     return folder
   folder = folder / "tokenizer"
@@ -147,7 +147,7 @@ def newest(folder: epath.PathLike) -> epath.Path:
 
   A run under way makes newer ones: who reads twice keeps this.
   """
-  folder = epath.Path(folder).absolute()
+  folder = files.absolute(folder)
   step = store.latest_step(folder)
   if step is None:
     raise ValueError(
@@ -242,9 +242,9 @@ def write_model(
 
   NumPy arrays are written from where they lie: no second copy is made.
   """
-  folder = epath.Path(folder).absolute()
+  folder = files.absolute(folder)
   step = folder / "checkpoints" / "0"
-  step.mkdir(parents=True)
+  step.mkdir(parents=True, exist_ok=True)
   items = {"params": variables}
   if code_hits_SV is not None:
     items["training"] = {"code_hits_SV": code_hits_SV}
@@ -257,6 +257,7 @@ def write_model(
       )
   description.write(folder)
   checksums.write(step, architecture_digest(folder))
+  store.commit(step)
 
 
 def write_tokenizer(
