@@ -6,6 +6,7 @@ is read, and requests that hold for one generation only.
 Prints the port once it can be reached; ends with its standard input.
 """
 
+import contextlib
 import re
 import socket
 import sys
@@ -19,6 +20,10 @@ _OBJECT = re.compile(r"(?:/\w+)?/storage/v1/b/(\w+)/o(?:/(.+))?")
 
 class Handler(emulator.RequestHandler):
   """Answers one request; one thread answers all of them, in turn."""
+
+  def handle(self):
+    with contextlib.suppress(ConnectionError):  # who asked has gone
+      super().handle()
 
   def do_GET(self):
     self._answer(super().do_GET)

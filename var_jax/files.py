@@ -18,7 +18,6 @@ from typing import Any
 
 from etils import epath
 
-
 # What epath needs to reach a bucket, by the beginning of a path.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 
@@ -44,15 +43,15 @@ def absolute(
     return epath.Path(path).absolute()
   kind = path.partition("://")[0]
   if kind not in buckets:
-    known = " or ".join(f"{name}://BUCKET/.." for name in buckets)
+    places = " or ".join(["a folder", *(f"{kind}://.." for kind in buckets)])
     raise ValueError(
-      f"{path!r} is in no place that this can use; give a folder, or {known}, "
-      "or mount the bucket."
+      f"{path!r} is no place that can be used here; give {places}, or mount "
+      "the bucket and give its folder."
     )
   if importlib.util.find_spec(_PACKAGES[kind]) is None:
     raise ValueError(
-      f"{path!r} needs {_PACKAGES[kind]}, which is not installed; pip install "
-      f"'var-jax[{kind}]'."
+      f"{path!r} needs the package {_PACKAGES[kind]}, which is not here; pip "
+      f"install 'var-jax[{kind}]'."
     )
   # Else epath imports TensorFlow where there is one.
   os.environ.setdefault("EPATH_USE_TF", "false")
@@ -71,7 +70,7 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
   """Write a file; whoever looks sees the old content or all of the new."""
   path = epath.Path(path)
   if in_bucket(path):
-    path.write_bytes(data)
+    _upload(path, data)
     return
   aside = path.with_name(f".{path.name}.partial")
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +80,22 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
   except BaseException:
     aside.unlink(missing_ok=True)
     raise
+
+
+def _upload(path: epath.Path, data: bytes) -> None:
+  try:
+    path.write_bytes(data)
+  except Exception as error:  # of a client's many kinds
+    raise OSError(
+      f"{path} cannot be written ({reason(error)}); look at the bucket's name "
+      "and your permissions."
+    ) from error
+
+
+def reason(error: Exception) -> str:
+  """Return what an error says, in one short line."""
+  said = getattr(error, "strerror", None) or str(error)
+  return " ".join(said.split())[:200] or type(error).__name__
 
 
 def write_json(path: epath.PathLike, content: Any) -> None:
@@ -106,16 +121,21 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 @contextlib.contextmanager
-def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
+def new_folder(
+  path: epath.PathLike, buckets: tuple[str, ...] = ()
+) -> Iterator[epath.Path]:
   """Give a folder to fill; it gets its name when all went well, or is gone.
 
   In a bucket it has its name from the beginning: write last what makes it
   count, or a kill leaves a folder that looks whole.
 
+  Args:
+    buckets: as of `absolute`.
+
   Raises:
-    ValueError: there is something of that name already.
+    ValueError: there is something of that name already, or it is elsewhere.
   """
-  path = absolute(path)
+  path = absolute(path, buckets)
   check_new(path)
   if in_bucket(path):
     aside, made = path, []

@@ -270,7 +270,7 @@ def write_tokenizer(
   folder = epath.Path(workdir) / "tokenizer"
   # Without the workdir's config.json, what an interrupted start left.
   folder.rmtree(missing_ok=True)
-  with files.new_folder(folder) as aside:
+  with files.new_folder(folder, buckets=("gs",)) as aside:
     write_model(aside, description, variables, code_hits_SV)
 
 

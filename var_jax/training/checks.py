@@ -168,18 +168,10 @@ def _check_disk(workdir: epath.Path) -> None:
 def _check_bucket(workdir: epath.Path) -> None:
   mark = workdir / f".{uuid.uuid4().hex}"
   try:
-    mark.write_text("")
+    files.write_bytes(mark, b"")
     mark.unlink()
   except Exception as error:  # of a client's many kinds
-    raise ValueError(
-      f"workdir {workdir} cannot be written to ({_reason(error)}); look at the "
-      "bucket's name and your permissions."
-    ) from None
-
-
-def _reason(error: Exception) -> str:
-  line = " ".join(str(error).split())
-  return line[:200] or type(error).__name__
+    raise ValueError(f"workdir {workdir}: {files.reason(error)}") from None
 
 
 _WRITTEN = ("README.md", "metrics.jsonl", "parameters.txt", "checkpoints")
