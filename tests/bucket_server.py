@@ -12,7 +12,7 @@ import socket
 import sys
 import urllib.parse
 
-from gcp_storage_emulator import exceptions
+from gcp_storage_emulator import exceptions, storage
 from gcp_storage_emulator import server as emulator
 
 _OBJECT = re.compile(r"(?:/\w+)?/storage/v1/b/(\w+)/o(?:/(.+))?")
@@ -40,6 +40,8 @@ class Handler(emulator.RequestHandler):
     super().end_headers()
 
   def _answer(self, answer):
+    if "expect" in self.headers:  # else the client waits a second
+      self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     query = self._query()
     now = self._generation() or "0"
     if query.get("ifGenerationMatch", now) != now:
@@ -75,6 +77,8 @@ def main():
   with socket.create_server(("127.0.0.1", 0)) as free:
     port = free.getsockname()[1]
   emulator.RequestHandler = Handler
+  # It would write down what it holds after every change.
+  storage.Storage._write_config_to_file = lambda self: None
   server = emulator.create_server(
     "127.0.0.1", port, in_memory=True, default_bucket="bucket"
   )

@@ -59,7 +59,8 @@ class FileOnDisk:
     self._file.seek(0)
     reader = io.BufferedReader(self._file)
     try:
-      yield from reader
+      while line := reader.readline():
+        yield line
     finally:
       reader.detach()  # else it closes the file
 
