@@ -11,7 +11,7 @@ import io
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from etils import epath
 
@@ -46,6 +46,7 @@ class FileOnDisk:
     self._path = os.fspath(path)
     pathlib.Path(self._path).parent.mkdir(parents=True, exist_ok=True)
     self._file = open(self._path, "a+b", buffering=0)
+    self._reader = io.BufferedReader(self._file)
     try:
       if locked:
         self._lock()
@@ -54,15 +55,10 @@ class FileOnDisk:
       self._file.close()
       raise
 
-  def lines(self) -> Iterator[bytes]:
-    """Yield what is there, line by line, each with its newline."""
-    self._file.seek(0)
-    reader = io.BufferedReader(self._file)
-    try:
-      while line := reader.readline():
-        yield line
-    finally:
-      reader.detach()  # else it closes the file
+  def lines(self) -> Iterable[bytes]:
+    """Return what was there when it was opened, line by line."""
+    self._reader.seek(0)
+    return self._reader
 
   def truncate(self, size: int) -> None:
     """Drop what comes after the first `size` bytes."""
@@ -118,9 +114,9 @@ class FileInBucket:
     self._changed = False
     self._flushed, self._pause = time.monotonic(), _UPLOAD_SECONDS
 
-  def lines(self) -> Iterator[bytes]:
-    """Yield what is there, line by line, each with its newline."""
-    yield from io.BytesIO(self._content)
+  def lines(self) -> Iterable[bytes]:
+    """Return what was there when it was opened, line by line."""
+    return io.BytesIO(self._content)
 
   def truncate(self, size: int) -> None:
     """Drop what comes after the first `size` bytes."""
