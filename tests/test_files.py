@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from var_jax import api, files, images
@@ -84,3 +85,30 @@ def test_compiled_programs_are_kept_in_a_bucket(bucket, tmp_path):
 def test_a_compile_cache_that_cannot_be_written_is_one_line(bucket):
   with pytest.raises(ValueError, match="cache gs://none/c cannot be wr"):
     multihost.enable_compile_cache("gs://none/c")
+
+
+@pytest.fixture
+def shelf(monkeypatch):
+  """Return "s3://shelf", which moto serves over loopback."""
+  import s3fs
+  from moto.server import ThreadedMotoServer
+
+  server = ThreadedMotoServer("127.0.0.1", port=0)
+  server.start()
+  host, port = server.get_host_and_port()
+  monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+  monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
+  monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+  monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+  s3fs.S3FileSystem().mkdir("shelf")
+  yield "s3://shelf"
+  server.stop()
+
+
+def test_a_picture_in_s3_comes_back(shelf):
+  path, pixels_HW3 = f"{shelf}/sub/3.png", np.arange(48, dtype=np.uint8)
+  pixels_HW3 = pixels_HW3.reshape(4, 4, 3)
+  for wanted in (pixels_HW3[:2], pixels_HW3):
+    images.write_image(path, wanted)
+    found = images.to_uint8(images.read_image(path))
+    np.testing.assert_array_equal(found, wanted)
