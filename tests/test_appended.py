@@ -106,3 +106,17 @@ def test_of_two_runs_in_a_bucket_one_ends(bucket, tmp_path):
   first.append("step", step=2)
   first.close()
   assert [record["step"] for record in records.read(path)] == [1, 2]
+
+
+def test_a_bucket_that_is_out_of_reach_is_no_other_writer(
+  bucket, tmp_path, monkeypatch
+):
+  file = appended.open_file(files.absolute(bucket) / tmp_path.name / "log")
+  file.write(b"a")
+
+  def stat(path):
+    raise RuntimeError("no route")
+
+  monkeypatch.setattr(type(epath.Path("gs://x")), "stat", stat)
+  with pytest.raises(OSError, match=r"log cannot be reached \(no route\)"):
+    file.flush()

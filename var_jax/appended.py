@@ -135,11 +135,12 @@ class FileInBucket:
 
     Raises:
       ValueError: the object is not of the size that it was left with.
+      OSError: the bucket cannot be reached.
     """
     if not self._changed:
       return
     begin = time.monotonic()
-    there = self._path.stat().length if self._path.exists() else 0
+    there = self._length()
     if there != self._uploaded:
       raise ValueError(
         f"{self._path} has {there} bytes and was left with {self._uploaded}: "
@@ -150,6 +151,17 @@ class FileInBucket:
     self._flushed = time.monotonic()
     took = self._flushed - begin
     self._pause = max(_UPLOAD_SECONDS, _UPLOAD_SHARE * took)
+
+  def _length(self) -> int:
+    try:
+      return self._path.stat().length
+    except FileNotFoundError:
+      return 0
+    except Exception as error:  # of a client's many kinds
+      raise OSError(
+        f"{self._path} cannot be reached ({files.reason(error)}); look at the "
+        "network and your permissions."
+      ) from error
 
   def close(self) -> None:
     """Flush; a second time does nothing."""

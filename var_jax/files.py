@@ -18,8 +18,9 @@ from typing import Any
 
 from etils import epath
 
-# What epath needs to reach a bucket, by the beginning of a path.
-_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+# What epath reaches a bucket with, by the beginning of a path: the package, and
+# the name that fsspec has for it.
+_CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
 
 def in_bucket(path: epath.PathLike) -> bool:
@@ -48,22 +49,20 @@ def absolute(
       f"{path!r} is no place that can be used here; give {places}, or mount "
       "the bucket and give its folder."
     )
-  if importlib.util.find_spec(_PACKAGES[kind]) is None:
+  package, protocol = _CLIENTS[kind]
+  if importlib.util.find_spec(package) is None:
     raise ValueError(
-      f"{path!r} needs the package {_PACKAGES[kind]}, which is not here; pip "
-      f"install 'var-jax[{kind}]'."
+      f"{path!r} needs the package {package}, which is not here; pip install "
+      f"'var-jax[{kind}]'."
     )
   # Else epath imports TensorFlow where there is one.
   os.environ.setdefault("EPATH_USE_TF", "false")
   import fsspec
 
   # Orbax and other hosts write what a remembered listing does not have.
-  settings = fsspec.config.conf.setdefault(_FSSPEC[kind], {})
+  settings = fsspec.config.conf.setdefault(protocol, {})
   settings["use_listings_cache"] = False
   return epath.Path(path)
-
-
-_FSSPEC = {"gs": "gcs", "s3": "s3"}
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
