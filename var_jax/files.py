@@ -1,7 +1,12 @@
-"""Files that are there whole or not at all: written aside, then renamed."""
+"""Files that are there whole or not at all, on a disk or in a bucket.
+
+On a disk they are written aside, then renamed. A bucket renames nothing, and
+an object appears there at once, when all of it was uploaded.
+"""
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -13,10 +18,59 @@ from typing import Any
 
 from etils import epath
 
+# What epath reaches a bucket with, by the beginning of a path: the package, and
+# the name that fsspec has for it.
+_CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+
+
+def in_bucket(path: epath.PathLike) -> bool:
+  """Return whether a path is no file system's."""
+  return "://" in os.fspath(path)
+
+
+def absolute(
+  path: epath.PathLike, buckets: tuple[str, ...] = ("gs",)
+) -> epath.Path:
+  """Return a path that means the same in every working folder.
+
+  Args:
+    buckets: that will do. Orbax writes checkpoints to gs:// alone.
+
+  Raises:
+    ValueError: it is in another one, or a package is missing.
+  """
+  path = os.fspath(path)
+  if not in_bucket(path):
+    return epath.Path(path).absolute()
+  kind = path.partition("://")[0]
+  if kind not in buckets:
+    places = " or ".join(["a folder", *(f"{kind}://.." for kind in buckets)])
+    raise ValueError(
+      f"{path!r} is no place that can be used here; give {places}, or mount "
+      "the bucket and give its folder."
+    )
+  package, protocol = _CLIENTS[kind]
+  if importlib.util.find_spec(package) is None:
+    raise ValueError(
+      f"{path!r} needs the package {package}, which is not here; pip install "
+      f"'var-jax[{kind}]'."
+    )
+  # Else epath imports TensorFlow where there is one.
+  os.environ.setdefault("EPATH_USE_TF", "false")
+  import fsspec
+
+  # Orbax and other hosts write what a remembered listing does not have.
+  settings = fsspec.config.conf.setdefault(protocol, {})
+  settings["use_listings_cache"] = False
+  return epath.Path(path)
+
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
   """Write a file; whoever looks sees the old content or all of the new."""
   path = epath.Path(path)
+  if in_bucket(path):
+    _upload(path, data)
+    return
   aside = path.with_name(f".{path.name}.partial")
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
@@ -25,6 +79,22 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
   except BaseException:
     aside.unlink(missing_ok=True)
     raise
+
+
+def _upload(path: epath.Path, data: bytes) -> None:
+  try:
+    path.write_bytes(data)
+  except Exception as error:  # of a client's many kinds
+    raise OSError(
+      f"{path} cannot be written ({reason(error)}); look at the bucket's name "
+      "and your permissions."
+    ) from error
+
+
+def reason(error: Exception) -> str:
+  """Return what an error says, in one short line."""
+  said = getattr(error, "strerror", None) or str(error)
+  return " ".join(said.split())[:200] or type(error).__name__
 
 
 def write_json(path: epath.PathLike, content: Any) -> None:
@@ -50,22 +120,34 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 @contextlib.contextmanager
-def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
+def new_folder(
+  path: epath.PathLike, buckets: tuple[str, ...] = ()
+) -> Iterator[epath.Path]:
   """Give a folder to fill; it gets its name when all went well, or is gone.
 
+  In a bucket it has its name from the beginning: write last what makes it
+  count, or a kill leaves a folder that looks whole.
+
+  Args:
+    buckets: as of `absolute`.
+
   Raises:
-    ValueError: there is something of that name already.
+    ValueError: there is something of that name already, or it is elsewhere.
   """
-  path = epath.Path(path).absolute()
+  path = absolute(path, buckets)
   check_new(path)
-  made = [parent for parent in path.parents if not parent.exists()]
-  aside = path.with_name(f".{path.name}.partial")
+  if in_bucket(path):
+    aside, made = path, []
+  else:
+    aside = path.with_name(f".{path.name}.partial")
+    made = [parent for parent in path.parents if not parent.exists()]
   aside.rmtree(missing_ok=True)  # what a killed process left
   _unfinished[aside] = made
   try:
-    aside.mkdir(parents=True)
+    aside.mkdir(parents=True, exist_ok=True)
     yield aside
-    aside.rename(path)
+    if aside != path:
+      aside.rename(path)
   except BaseException:
     _remove(aside)
     raise

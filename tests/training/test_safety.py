@@ -310,9 +310,9 @@ def test_growing_in_parts_with_workers_resumes_and_replays(tokenizer, tmp_path):
   assert again.causes == []
 
 
-@pytest.mark.parametrize("name", ["", "gs://bucket/run", "http://host/run"])
+@pytest.mark.parametrize("name", ["", "s3://bucket/run", "http://host/run"])
 def test_a_workdir_is_a_folder(tokenizer, name):
-  with pytest.raises(ValueError, match="is no folder on a file system"):
+  with pytest.raises(ValueError, match="is no folder|is no place that can"):
     loop.train(var_config(tokenizer), name)
 
 

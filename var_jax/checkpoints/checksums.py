@@ -72,7 +72,7 @@ def verify_file(path: epath.PathLike) -> None:
   Raises:
     ValueError: it is not what it was.
   """
-  path = epath.Path(path).absolute()
+  path = files.absolute(path)
   for folder in (path.parent, path.parent.parent):
     if not (folder / NAME).exists():
       continue

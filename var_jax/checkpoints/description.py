@@ -43,7 +43,7 @@ class Description:
     Raises:
       ValueError: config.json is missing, broken or of another version.
     """
-    path = epath.Path(folder) / "config.json"
+    path = files.absolute(folder) / "config.json"
     content = files.read_json(path)
     version = content.get("format_version") if _is_dict(content) else None
     if version is None:

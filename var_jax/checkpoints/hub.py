@@ -11,6 +11,7 @@ ENDINGS = (".pth", ".pt", ".safetensors")
 
 def find(name: str) -> pathlib.Path:
   """Return the path of a file or folder, fetched where it is a hub id."""
+  files.absolute(name, buckets=())  # no bucket: it is memory-mapped
   path = pathlib.Path(name)
   if path.exists():
     return path

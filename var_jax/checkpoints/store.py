@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from var_jax import files
 from var_jax.checkpoints import checksums
 from var_jax.checkpoints.description import architecture_digest
 
@@ -43,7 +44,7 @@ class Store:
     every: int = 1,
     read_only: bool = False,
   ):
-    self._workdir = epath.Path(workdir).absolute()
+    self._workdir = files.absolute(workdir)
     self._saving: int | None = None  # the step under way
     managers = ocp.checkpoint_managers
     policies = [
@@ -152,7 +153,8 @@ class Store:
     folders = list(
       self._manager.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
     )
-    # A file system without renames has no temporary name.
+    # A bucket renames nothing: commit_success.txt, which comes next, is what
+    # makes a step there count.
     folder, *rest = folders or [self._manager.directory / str(self._saving)]
     assert not rest
     checksums.write(folder, architecture_digest(self._workdir))
@@ -160,6 +162,11 @@ class Store:
 
 def _loss(metrics: Mapping[str, float]) -> float:
   return metrics["loss"]
+
+
+def commit(step: epath.Path) -> None:
+  """Make a step that is whole count, as Orbax does; only buckets need it."""
+  (step / ocp.path.atomicity.COMMIT_SUCCESS_FILE).write_text("whole\n")
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:

@@ -124,7 +124,7 @@ def split_step(
   Raises:
     ValueError: there is no such step.
   """
-  path = epath.Path(path).absolute()
+  path = files.absolute(path)
   if path.parent.name != "checkpoints" or not path.name.isdigit():
     return path, None
   workdir = path.parent.parent
@@ -139,7 +139,7 @@ def split_step(
 
 def tokenizer_folder(workdir: epath.PathLike) -> epath.Path:
   """Return where the tokenizer lies: a transformer's is within its workdir."""
-  folder = epath.Path(workdir).absolute()
+  folder = files.absolute(workdir)
   if not Description.read(folder).transformer:
     return folder
   folder = folder / "tokenizer"
@@ -156,7 +156,7 @@ def newest(folder: epath.PathLike) -> epath.Path:
 
   A run under way makes newer ones: who reads twice keeps this.
   """
-  folder = epath.Path(folder).absolute()
+  folder = files.absolute(folder)
   step = store.latest_step(folder)
   if step is None:
     raise ValueError(
@@ -261,9 +261,9 @@ def write_model(
 
   NumPy arrays are written from where they lie: no second copy is made.
   """
-  folder = epath.Path(folder).absolute()
+  folder = files.absolute(folder)
   step = folder / "checkpoints" / "0"
-  step.mkdir(parents=True)
+  step.mkdir(parents=True, exist_ok=True)
   items = {"params": variables}
   if code_hits_SV is not None:
     items["training"] = {"code_hits_SV": code_hits_SV}
@@ -276,6 +276,7 @@ def write_model(
       )
   description.write(folder)
   checksums.write(step, architecture_digest(folder))
+  store.commit(step)
 
 
 def write_tokenizer(
@@ -290,7 +291,7 @@ def write_tokenizer(
   folder.rmtree(missing_ok=True)
   # Of what lies on several processes Orbax would write this one's share.
   variables = jax.device_get(variables)
-  with files.new_folder(folder) as aside:
+  with files.new_folder(folder, buckets=("gs",)) as aside:
     write_model(aside, description, variables, code_hits_SV)
 
 

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from var_jax import files
 from var_jax.data.folder import open_folder
 from var_jax.data.tfds_source import open_tfds
 
@@ -46,6 +47,8 @@ def open_source(spec: str, split: str) -> Source:
   kind, _, path = spec.partition(":")
   if spec == "digits":
     return _open_digits(split)
+  if kind in ("npz", "folder"):
+    files.absolute(path, buckets=())  # no bucket
   if kind == "npz" and path:
     return _open_npz(pathlib.Path(path).expanduser(), split)
   if kind == "folder" and path:

@@ -41,7 +41,7 @@ class Writer:
     settings: Settings,
     name_of: Callable[[int], str] = "sample {}".format,
   ):
-    self._folder = epath.Path(folder).absolute()
+    self._folder = files.absolute(folder, buckets=())
     self._progress = self._folder / "progress"
     self._settings, self._name_of = settings, name_of
     self._manifest = None  # of a cache that was finished before
@@ -149,7 +149,7 @@ class TokenSource:
   """
 
   def __init__(self, folder: epath.PathLike, *, verify: bool = False):
-    self.folder = epath.Path(folder).absolute()
+    self.folder = files.absolute(folder, buckets=())
     self.manifest = Manifest.read(self.folder)
     self.class_names = self.manifest.settings.class_names
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from var_jax import files
 from var_jax.data import broken, sources, token_cache
 from var_jax.ledger import provenance
 from var_jax.parallel import mesh as mesh_lib
@@ -171,17 +172,18 @@ def _data(config) -> dict[str, Any]:
 
 def _mark(workdir: str) -> epath.Path:
   """Return the path of a new file in a workdir, or where that would be made."""
-  path = epath.Path(workdir).absolute()
-  there = next(p for p in (path, *path.parents) if p.exists())
+  path = there = files.absolute(workdir)
+  if not files.in_bucket(path):
+    there = next(p for p in (path, *path.parents) if p.exists())
   return there / f".doctor_{uuid.uuid4().hex}"
 
 
 def _leave(mark: epath.Path) -> str:
   try:
     mark.write_text("")
-  except OSError as error:
+  except Exception as error:  # a bucket's client has many kinds
     raise OSError(
-      f"{mark.parent} cannot be written to ({error.strerror})"
+      f"{mark.parent} cannot be written to ({files.reason(error)})"
     ) from None
   return mark.name
 

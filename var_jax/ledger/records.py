@@ -16,18 +16,17 @@ whose digest was computed anew, leave no trace here.
 This module reads and appends; `history.py` makes sense of what was read.
 """
 
-import fcntl
 import hashlib
-import io
 import json
 import math
 import os
-import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from var_jax import appended
 from var_jax.ledger import digests
 
 _NO_RECORD = "0" * 64  # the `previous` of the first record
@@ -43,8 +42,8 @@ class Ledger:
     visit: gets each record that is already there.
 
   Raises:
-    ValueError: a record is not what was written, the file is not on a local
-      file system, or another process appends to it.
+    ValueError: a record is not what was written, or another process appends to
+      it.
   """
 
   def __init__(
@@ -52,27 +51,16 @@ class Ledger:
     path: os.PathLike | str,
     visit: Callable[[Mapping[str, Any]], None] = lambda record: None,
   ):
-    self._path = os.fspath(path)
-    if "://" in self._path:
-      raise ValueError(
-        f"{self._path} cannot be appended to; mount the bucket, or use a "
-        "--workdir on a disk."
-      )
-    pathlib.Path(self._path).parent.mkdir(parents=True, exist_ok=True)
-    self._file = open(self._path, "a+b", buffering=0)
+    self._file = appended.open_file(path, locked=True)
     try:
-      self._lock()
-      self._number, self._previous, self._size = 0, _NO_RECORD, 0
-      self._file.seek(0)
-      reader = io.BufferedReader(self._file)
-      for record, line in _verified(reader, self._path):
+      self._number, self._previous, size = 0, _NO_RECORD, 0
+      for record, line in _verified(self._file.lines(), os.fspath(path)):
         visit(record)
         self._number, self._previous = record["number"], _sha256(line)
-        self._size += len(line) + 1
-      reader.detach()
-      self._file.truncate(self._size)
+        size += len(line) + 1
+      self._file.truncate(size)
     except BaseException:
-      self._file.close()
+      self._file.drop()
       raise
 
   def append(self, kind: str, **fields: Any) -> None:
@@ -84,37 +72,15 @@ class Ledger:
       {**head, **plain(fields)}, separators=(",", ":"), allow_nan=False
     )
     line = _sealed(text.encode())
-    rest = memoryview(line + b"\n")
-    try:
-      while rest:  # once, unless the disk is nearly full
-        rest = rest[self._file.write(rest) :]
-    except BaseException:
-      self._file.truncate(self._size)
-      raise
+    self._file.write(line + b"\n")
     self._number, self._previous = head["number"], _sha256(line)
-    self._size += len(line) + 1
 
   def flush(self) -> None:
-    """Wait until all records are on the disk."""
-    os.fsync(self._file.fileno())
+    """Wait until all records are on the disk, or in the bucket."""
+    self._file.flush()
 
   def close(self) -> None:
-    if not self._file.closed:
-      self.flush()
-      self._file.close()
-
-  def _lock(self) -> None:
-    # lockf, not flock: a forked data worker that outlives a killed run must
-    # not hold the lock. The price: reading the file in this process drops it.
-    try:
-      fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-      raise ValueError(
-        f"{self._path} is being written by another process; stop that run, or "
-        "use another --workdir."
-      ) from None
-    except OSError:
-      pass  # a file system without locks
+    self._file.close()
 
 
 class Recorder:
@@ -141,6 +107,7 @@ class Recorder:
     self._ledger.append(
       "start", step=start_step, position=position, provenance=provenance
     )
+    self.flush()  # in a bucket, so that another run finds it
 
   def step(
     self,
@@ -180,7 +147,7 @@ class Recorder:
     self._ledger.append("end", step=step)
 
   def flush(self) -> None:
-    """Wait until all records are on the disk; before a checkpoint is."""
+    """Wait until all records are kept; before a checkpoint is."""
     self._ledger.flush()
 
   def close(self) -> None:
@@ -194,7 +161,7 @@ def records(path: os.PathLike | str) -> Iterator[dict[str, Any]]:
     ValueError: there is none, or a record is not what was written.
   """
   try:
-    with open(path, "rb") as file:
+    with epath.Path(path).open("rb") as file:
       for record, _ in _verified(file, os.fspath(path)):
         yield record
   except FileNotFoundError:
@@ -235,10 +202,12 @@ def _sealed(body: bytes) -> bytes:
   return b'%s,"digest":"%s"}' % (body[:-1], _sha256(body).encode())
 
 
-def _verified(file, path: str) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _verified(
+  lines: Iterable[bytes], path: str
+) -> Iterator[tuple[dict[str, Any], bytes]]:
   """Yield (record, its line without the newline)."""
   number, before, previous = 1, "the beginning", _NO_RECORD
-  for line in file:
+  for line in lines:
     if not line.endswith(b"\n"):
       return  # a kill cut it short
     line = line[:-1]

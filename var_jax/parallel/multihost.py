@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from var_jax import files
 from var_jax.parallel import cluster, rendezvous
 from var_jax.parallel.lifeline import Lifeline
 
@@ -131,15 +132,15 @@ def enable_compile_cache(folder: epath.PathLike) -> None:
   Raises:
     ValueError: the folder cannot be written to.
   """
-  folder = epath.Path(folder)
+  folder = files.absolute(folder)
   mark = folder / f".{uuid.uuid4().hex}"
   try:
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text("")
-  except OSError as error:
+  except Exception as error:  # a bucket's client has many kinds
     raise ValueError(
-      f"compile cache {folder} cannot be written to ({error.strerror}); give "
-      "another folder."
+      f"compile cache {folder} cannot be written to ({files.reason(error)}); "
+      "give another folder."
     ) from None
   first, *_ = exchange(mark.name)
   shared = (folder / first).exists()

@@ -2,12 +2,14 @@
 
 import json
 import tempfile
+import uuid
 from typing import Any
 
 import ml_collections
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from var_jax import files
 from var_jax.checkpoints.description import Description
 from var_jax.training.config import run_config
 
@@ -125,23 +127,33 @@ def config_changes(there: dict, here: dict) -> list[str]:
   return changes
 
 
-def local_folder(path: epath.PathLike) -> epath.Path:
+def folder(path: epath.PathLike) -> epath.Path:
   """Return the path of a workdir, absolute.
 
   Raises:
-    ValueError: it is empty, or no path of a file system: a ledger is appended
-      to, which buckets cannot do.
+    ValueError: it is empty, or somewhere that cannot hold one.
   """
-  if not str(path) or "://" in str(path):
-    raise ValueError(
-      f"workdir {str(path)!r} is no folder on a file system; give one, or "
-      "mount the bucket."
-    )
-  return epath.Path(path).absolute()
+  if not str(path):
+    raise ValueError("workdir '' is no folder; give one.")
+  return files.absolute(path)
 
 
 def check_writable(workdir: epath.Path) -> None:
   """Raise ValueError if a run would write nothing, or over somebody's files."""
+  if files.in_bucket(workdir):
+    _check_bucket(workdir)
+  else:
+    _check_disk(workdir)
+  if any((workdir / name).exists() for name in ("config.json", "ledger.jsonl")):
+    return  # a run's, perhaps one that a kill met early
+  for name in _WRITTEN:
+    if (workdir / name).exists():
+      raise ValueError(
+        f"workdir {workdir} has a {name} and is no run's; give a new folder."
+      )
+
+
+def _check_disk(workdir: epath.Path) -> None:
   there = next(path for path in (workdir, *workdir.parents) if path.exists())
   try:
     with tempfile.TemporaryDirectory(dir=there):
@@ -151,13 +163,15 @@ def check_writable(workdir: epath.Path) -> None:
       f"workdir {workdir} cannot be made: {there} cannot be written to "
       f"({error.strerror}); use another one."
     ) from None
-  if any((workdir / name).exists() for name in ("config.json", "ledger.jsonl")):
-    return  # a run's, perhaps one that a kill met early
-  for name in _WRITTEN:
-    if (workdir / name).exists():
-      raise ValueError(
-        f"workdir {workdir} has a {name} and is no run's; give a new folder."
-      )
+
+
+def _check_bucket(workdir: epath.Path) -> None:
+  mark = workdir / f".{uuid.uuid4().hex}"
+  try:
+    files.write_bytes(mark, b"")
+    mark.unlink()
+  except Exception as error:  # of a client's many kinds
+    raise ValueError(f"workdir {workdir}: {files.reason(error)}") from None
 
 
 _WRITTEN = ("README.md", "metrics.jsonl", "parameters.txt", "checkpoints")

@@ -51,7 +51,7 @@ def train(
     Preempted: SIGTERM; the step that was reached is saved.
   """
   checks.check_config(config)
-  workdir = checks.local_folder(workdir)
+  workdir = checks.folder(workdir)
   changed = checks.check_workdir(config, workdir, allow_config_change)
   checks.check_writable(workdir)
   with Watch() as watch:

@@ -4,6 +4,7 @@ Metrics, ledger, broken images and the policy for refused updates, behind one
 object, so that the loop is only about steps.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from var_jax import appended
 from var_jax.data import broken
 from var_jax.ledger import checksum, provenance
 from var_jax.ledger.records import Recorder
@@ -54,6 +56,7 @@ class Observer:
     config, program = run.config, run.program
     self._run, self._workdir = run, workdir
     self._broken = set(_lines(workdir / "broken.txt"))
+    self._names = None  # broken.txt, once there is something to add
     self._skipped = 0  # updates in a row
     self._recorder = recorder
     self.report = Report(
@@ -117,9 +120,12 @@ class Observer:
       self._recorder.rollback(step, to)
 
   def flush(self) -> None:
-    """Put on disk what a checkpoint is about to vouch for."""
+    """Put where it stays what a checkpoint is about to vouch for."""
     if self._recorder:
       self._recorder.flush()
+    self.report.flush()
+    if self._names:
+      self._names.flush()
 
   def end(self, step: int, best: int | None) -> None:
     """Note that the run is over; `best` is its best step, where one is kept."""
@@ -129,7 +135,10 @@ class Observer:
       self._recorder.end(step)
 
   def close(self) -> None:
-    self.report.close()
+    with contextlib.ExitStack() as closed:
+      closed.callback(self.report.close)
+      if self._names:
+        closed.callback(self._names.close)
 
   def _note_broken(self, batch) -> None:
     if not np.any(batch["skipped"]):
@@ -139,8 +148,8 @@ class Observer:
     self._broken.update(new)
     if new and jax.process_index() == 0:
       path = self._workdir / "broken.txt"
-      with path.open("a") as file:
-        file.writelines(f"{name}\n" for name in new)
+      self._names = self._names or appended.open_file(path)
+      self._names.write("".join(f"{name}\n" for name in new).encode())
       self.report.message(
         f"{len(self._broken)} broken images so far, the last {new[-1]}; all "
         f"are named in {path}"

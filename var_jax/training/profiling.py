@@ -1,10 +1,15 @@
 """An xprof trace of a few steps: `tensorboard --logdir WORKDIR/profile`."""
 
 import contextlib
+import pathlib
+import shutil
+import tempfile
 from typing import Any
 
 import jax
 from etils import epath
+
+from var_jax import files
 
 
 class Profiler:
@@ -13,7 +18,8 @@ class Profiler:
   Only process 0 writes: of a program that all run, one host's trace shows it.
 
   Args:
-    folder: of the traces, made when the first step comes.
+    folder: of the traces, made when the first step comes. One in a bucket gets
+      them when the trace ends.
     steps: (first, last), both traced; None traces nothing.
   """
 
@@ -33,8 +39,7 @@ class Profiler:
     if within != self._tracing:
       jax.block_until_ready(state)
       if within:
-        jax.profiler.start_trace(self._folder)
-        self._tracing = True
+        self._start()
       else:
         self.close()
     if within:
@@ -43,6 +48,23 @@ class Profiler:
 
   def close(self) -> None:
     """End the trace, if the run ends before its last step is passed."""
-    if self._tracing:
-      self._tracing = False
-      jax.profiler.stop_trace()
+    if not self._tracing:
+      return
+    self._tracing = False
+    jax.profiler.stop_trace()
+    if self._written_to != self._folder:
+      _move(pathlib.Path(self._written_to), self._folder)
+
+  def _start(self) -> None:
+    self._written_to = self._folder
+    if files.in_bucket(self._folder):  # the profiler knows files alone
+      self._written_to = tempfile.mkdtemp()
+    jax.profiler.start_trace(self._written_to)
+    self._tracing = True
+
+
+def _move(folder: pathlib.Path, to: epath.Path) -> None:
+  for path in folder.rglob("*"):
+    if path.is_file():
+      files.write_bytes(to / path.relative_to(folder), path.read_bytes())
+  shutil.rmtree(folder)

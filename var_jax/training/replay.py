@@ -43,7 +43,7 @@ class Replay:
   """
 
   def __init__(self, workdir: epath.PathLike, first: int, last: int):
-    self.workdir = epath.Path(workdir).absolute()
+    self.workdir = checks.folder(workdir)
     there = Description.read(self.workdir)
     self.history = History.read(self.workdir / "ledger.jsonl")
     self._check_steps(first, last)

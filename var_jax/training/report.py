@@ -22,7 +22,7 @@ from clu import parameter_overview
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from var_jax import files
+from var_jax import appended, files
 from var_jax.training import flops
 from var_jax.training.interval import Clock, Means
 from var_jax.training.tensorboard import EventFile
@@ -77,9 +77,9 @@ class Report:
     self._means, self._clock = Means(), Clock()
     self._writes = jax.process_index() == 0
     if self._writes:
-      self._path = workdir / "metrics.jsonl"
-      kept = "".join(_lines_up_to(self._path, start))
-      files.write_bytes(self._path, kept.encode())
+      path = workdir / "metrics.jsonl"
+      files.write_bytes(path, "".join(_lines_up_to(path, start)).encode())
+      self._file = appended.open_file(path)
       self._events = EventFile(workdir / "tensorboard", start)
       self._console = console or rich.console.Console(stderr=True)
     else:
@@ -163,10 +163,17 @@ class Report:
     # Lines of a log are as long as they are, and a path may look like markup.
     self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+  def flush(self) -> None:
+    """Put where it stays what was written so far."""
+    if self._writes:
+      self._file.flush()
+      self._events.flush()
+
   def close(self) -> None:
     if self._bar:
       self._bar.stop()
     if self._writes:
+      self._file.close()
       self._events.close()
 
   def _write(self, step: int, values: Mapping[str, float]) -> None:
@@ -174,8 +181,7 @@ class Report:
       return
     # JSON has no NaN; a reader must still see that the loss was one.
     record = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-    with self._path.open("a") as file:
-      file.write(json.dumps({"step": step, **record}) + "\n")
+    self._file.write((json.dumps({"step": step, **record}) + "\n").encode())
     self._events.scalars(step, values)
 
   def _rates(self, step: int) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Event files for TensorBoard, written without TensorFlow.
 
 tensorboardX encodes them. Its `SummaryWriter` is passed over: it writes in a
-thread that a full disk ends in silence, and then blocks whoever logs.
+thread that a full disk ends in silence, and then blocks whoever logs. In a
+bucket, `appended.open_file` is what it writes to.
 """
 
 import time
@@ -10,7 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
-# Between syncs with the disk; a kill costs at most this.
+from var_jax import appended, files
+
+# Between syncs with a disk; a kill costs at most this.
 _FLUSH_SECONDS = 5.0
 
 
@@ -28,7 +31,11 @@ class EventFile:
     # tensorboardX imports torch where there is one, which takes seconds.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import SessionLog
+    from tensorboardX.record_writer import register_writer_factory
 
+    self._in_bucket = files.in_bucket(folder)
+    if self._in_bucket:
+      register_writer_factory("gs", _Bucket)
     folder.mkdir(parents=True, exist_ok=True)
     # The name has the second; a run can be resumed within it.
     self._writer = EventsWriter(str(folder / "events"), f".{start:09d}")
@@ -52,6 +59,10 @@ class EventFile:
     picture = summary.image(name, pixels_HW3, dataformats="HWC")
     self._write(step, summary=picture)
 
+  def flush(self) -> None:
+    self._writer.flush()
+    self._flushed = time.monotonic()
+
   def close(self) -> None:
     self._writer.close()
 
@@ -59,6 +70,15 @@ class EventFile:
     from tensorboardX.proto.event_pb2 import Event
 
     self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+    if self._in_bucket:
+      return  # it uploads by itself
     if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-      self._writer.flush()
-      self._flushed = time.monotonic()
+      self.flush()
+
+
+class _Bucket:
+  """What tensorboardX asks for a file; its own needs a client of its own."""
+
+  @staticmethod
+  def open(path: str) -> appended.FileInBucket:
+    return appended.FileInBucket(epath.Path(path))
