@@ -9,7 +9,8 @@ from configs import var as var_presets
 from var_jax import cli
 from var_jax.checkpoints.description import Description
 from var_jax.models.tokenizer import TokenizerConfig
-from var_jax.planning import plan, report, topology
+from var_jax.planning import report, search, topology
+from var_jax.planning.asked import Asked, tokenizer_of
 
 CONFIG = "configs/var.py:tiny"
 TINY = {**tokenizer_presets.get_config("tiny").model, "dtype": "float32"}
@@ -58,6 +59,42 @@ def test_a_tiny_run_fits_and_the_numbers_are_kept(tokenizer, tmp_path, capsys):
   assert found["days"] == pytest.approx(100 * seconds / 86400)
   assert found["cost"] == pytest.approx(4 * 2 * 100 * seconds / 3600)
   assert "fits, peak" in said.out and str(path) in said.out
+
+
+def test_auto_compiles_the_best_two(tokenizer, tmp_path, capsys):
+  needs_compiler()
+  path = tmp_path / "plan.json"
+  code, said = run(
+    capsys,
+    f"--config={CONFIG}",
+    "--topology=v5e:2x2",
+    "--mesh=auto",
+    f"--output={path}",
+    tokenizer,
+  )
+  assert code == 0, said.err
+  found = json.loads(path.read_text())
+  # Copies cost least where all fits.
+  assert [plan["mesh"] for plan in found][0] == "data=4,fsdp=1,model=1"
+  assert len({plan["mesh"] for plan in found}) == 2
+  assert all(plan["fits"] for plan in found)
+
+
+def test_a_tokenizer_s_training_is_planned_too(tmp_path, capsys):
+  needs_compiler()
+  path = tmp_path / "plan.json"
+  code, said = run(
+    capsys,
+    "--config=configs/tokenizer.py:tiny",
+    "--topology=v5e:2x2",
+    "--slices=2",
+    f"--output={path}",
+  )
+  assert code == 0, said.err
+  (found,) = json.loads(path.read_text())
+  assert found["fits"] and found["chips"] == 8
+  assert found["mesh"] == "slices=2,data=4,fsdp=1,model=1"
+  assert found["traffic_bytes"]["dcn"] > 0 and found["estimate"] is None
 
 
 def test_what_does_not_fit_is_told_what_would(tokenizer, tmp_path, capsys):
@@ -139,17 +176,12 @@ def test_a_missing_compiler_has_a_remedy(tokenizer, capsys, monkeypatch):
   assert code == 1 and "pip install 'var-jax[tpu]'" in said.err
 
 
-def asked(preset, name, **overrides):
-  config = var_presets.get_config(preset)
-  config.update(overrides)
-  return plan.Asked(config, topology.Topology(name), plan.tokenizer_of(config))
-
-
 def test_meshes_that_fit_are_ranked_before_those_that_do_not():
   needs_compiler()
   topology.use_no_tpu()
-  question = asked("d30", "v6e:4x4")
-  ranked = plan.ranked(question)
+  config = var_presets.get_config("d30,cached")
+  question = Asked(config, topology.Topology("v6e:4x4"))
+  ranked = search.ranked(question)
   limit = question.topology.chip.hbm_bytes
   fits = [1.1 * estimate.peak <= limit for _, estimate in ranked]
   assert True in fits and False in fits
@@ -161,8 +193,9 @@ def test_meshes_that_fit_are_ranked_before_those_that_do_not():
 
 
 def test_a_tokenizer_has_the_size_that_the_preset_asks_for():
-  assert asked("d36-512", "v5e:4x4").tokenizer.image_shape == (512, 512)
-  assert asked("d16", "v5e:4x4").tokenizer.image_shape == (256, 256)
+  for preset, size in (("d36-512", 512), ("d16", 256)):
+    tokenizer = tokenizer_of(var_presets.get_config(preset))
+    assert tokenizer.image_shape == (size, size)
 
 
 def test_a_size_of_another_tokenizer_is_refused(tokenizer, capsys):

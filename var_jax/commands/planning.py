@@ -77,14 +77,14 @@ def _price(text: str) -> float:
 def _plan(args) -> int:
   from var_jax import files
   from var_jax.parallel import mesh
-  from var_jax.planning import plan, topology
+  from var_jax.planning import plan, search, topology
+  from var_jax.planning.asked import Asked
 
   config = read_config(args.config, args.overrides)
   topology.use_no_tpu()
-  asked = plan.Asked(
+  asked = Asked(
     config,
     topology.Topology(args.topology, args.slices),
-    plan.tokenizer_of(config),
     classes=args.classes,
     images=args.images,
     mfu=args.mfu,
@@ -96,7 +96,7 @@ def _plan(args) -> int:
         "--mesh auto ranks meshes to train a transformer on; name one here, "
         "or leave the flag out."
       )
-    chosen = [cfg for cfg, _ in plan.ranked(asked)[:2]]
+    chosen = [cfg for cfg, _ in search.ranked(asked)[:2]]
   elif args.mesh:
     chosen = [mesh.parse(args.mesh)]
   else:

@@ -11,10 +11,18 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
+from var_jax.models.blocks import VARConfig
 from var_jax.models.tokenizer import TokenizerConfig
-from var_jax.models.transformer import VARConfig
+from var_jax.parallel import mesh as mesh_lib
 from var_jax.parallel import rules
+from var_jax.planning import memory
+from var_jax.planning.asked import Training
+from var_jax.planning.topology import Chip
 from var_jax.training import flops
+from var_jax.training.tokenizer_training import TokenizerTraining
+from var_jax.training.var_training import VARTraining
 
 # Precision.HIGHEST takes a float32 product in so many bfloat16 ones.
 FLOAT32_PASSES = 6
@@ -34,6 +42,67 @@ class Bounds(NamedTuple):
   memory: float
   ici: float
   dcn: float
+
+
+def of_step(training: Training, mesh: Mesh, chip: Chip) -> Bounds:
+  """Return the bounds of a training step.
+
+  Args:
+    training: on any mesh.
+  """
+  config = training.config
+  if isinstance(training, TokenizerTraining):
+    each = tokenizer_products(training.cfg)
+  else:
+    encoded = None if config.data.token_cache else training.tokenizer.cfg
+    each = var_products(training.cfg, encoded, _last_tokens(training))
+  traffic = of_step_traffic(training, mesh)
+  return Bounds(
+    compute=config.data.batch_size * each / mesh.size / chip.flops,
+    # The state is read once and written once, at least.
+    memory=2 * memory.state_bytes(training, mesh) / chip.hbm_rate,
+    ici=traffic.ici / chip.ici_rate,
+    dcn=traffic.dcn / chip.dcn_rate,
+  )
+
+
+def of_step_traffic(training: Training, mesh: Mesh) -> Traffic:
+  """Return what a training step sends."""
+  config = training.config
+  shapes = memory.parameter_shapes(training)
+  parts = config.accumulate
+  if isinstance(training, TokenizerTraining):
+    return gradients(shapes, mesh.shape, "float32", parts)
+  traffic = gradients(shapes, mesh.shape, training.cfg.dtype, parts)
+  rows = config.data.batch_size / mesh_lib.row_shards(mesh)
+  tokens = _last_tokens(training)
+  summed = train_sums(training.cfg, tokens, rows, mesh.shape)
+  return traffic._replace(ici=traffic.ici + summed)
+
+
+def of_draw(training: VARTraining, images: int, chip: Chip) -> Bounds:
+  """Return the bounds of drawing so many images at once, with guidance."""
+  mesh, cfg = training.mesh, training.cfg
+  products = images * sample_products(cfg, training.tokenizer.cfg)
+  shapes = memory.parameter_shapes(training)
+  # Every scale reads all parameters; what other chips hold is gathered.
+  elements = sum(map(math.prod, shapes.values()))
+  held = _width("blocks/", cfg.dtype) * elements / mesh.shape["model"]
+  times, rows = len(cfg.schedule), 2 * images / mesh_lib.row_shards(mesh)
+  summed = forward_sums(cfg, cfg.schedule.num_tokens, rows, mesh.shape)
+  sent = times * gathered(shapes, mesh.shape, cfg.dtype) + summed
+  return Bounds(
+    compute=products / mesh.size / chip.flops,
+    memory=times * held / chip.hbm_rate,
+    ici=sent / chip.ici_rate,
+    dcn=0.0,
+  )
+
+
+def _last_tokens(training: VARTraining) -> int:
+  """Return the tokens of an image in the last stage."""
+  last = training.stage_of(training.config.steps - 1)
+  return training.work(last).tokens_per_image
 
 
 def var_products(

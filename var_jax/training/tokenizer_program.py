@@ -51,11 +51,11 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     init=start,
     like=training.like,
     step=lambda state, batch, stage: training.step(state, None, batch),
-    stage=lambda step: None,
+    stage=training.stage_of,
     evaluate=lambda params, batch: training.evaluate(params, None, batch),
     pictures=draw,
     prepare=lambda: None,
     tokenizer_checksum=lambda: "",
     held_out_loss="l2",
-    work=lambda stage: training.work(),
+    work=training.work,
   )

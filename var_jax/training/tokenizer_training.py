@@ -95,7 +95,10 @@ class TokenizerTraining:
       lambda params, nothing, batch: sums(params, batch), self.mesh, self.like
     )
 
-  def work(self) -> programs.Work:
+  def stage_of(self, step: int) -> None:
+    """Return None: a tokenizer's training has no stages."""
+
+  def work(self, stage: None) -> programs.Work:
     each = flops.tokenizer_step(self.cfg)
     return programs.Work(
       self.cfg.schedule.num_tokens, self.config.data.batch_size * each
