@@ -74,8 +74,8 @@ def test_auto_compiles_the_best_two(tokenizer, tmp_path, capsys):
   )
   assert code == 0, said.err
   found = json.loads(path.read_text())
-  # Copies cost least where all fits.
-  assert [plan["mesh"] for plan in found][0] == "data=4,fsdp=1,model=1"
+  first, second = (max(plan["bound_seconds"].values()) for plan in found)
+  assert 0 < first <= second
   assert len({plan["mesh"] for plan in found}) == 2
   assert all(plan["fits"] for plan in found)
 
