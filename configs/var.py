@@ -65,7 +65,7 @@ def _config(preset: str) -> ml_collections.ConfigDict:
     drop_path=0.1 * depth / 24,
     shared_adaln=preset == "d36-512",
     init_adaln_gamma=gamma,
-    remat="full" if depth >= 16 else "none",  # for 16 GiB a chip
+    remat="full" if depth >= 16 else "none",  # batch 768 on 16 chips of 16 GiB
     dtype="auto",
   )
   config.loss = section(VARLossConfig)

@@ -105,8 +105,10 @@ class Model:
     class_names: tuple[str, ...] = (),
     mesh: jax.sharding.Mesh | None = None,
   ):
-    """Args:
-    mesh: that the parameters are on; its context is in `models`.
+    """Hold models and their parameters.
+
+    Args:
+      mesh: that the parameters are on; its context is in `models`.
     """
     self.models, self.params, self.class_names = models, params, class_names
     self.mesh = mesh

@@ -53,7 +53,7 @@ def absolute(
   if importlib.util.find_spec(package) is None:
     raise ValueError(
       f"{path!r} needs the package {package}, which is not here; pip install "
-      f"'var-jax[{kind}]'."
+      f"{package}."
     )
   # Else epath imports TensorFlow where there is one.
   os.environ.setdefault("EPATH_USE_TF", "false")

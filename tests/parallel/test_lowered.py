@@ -1,6 +1,7 @@
 """What a sharded bfloat16 step asks XLA for, and what a device gets of it."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -10,7 +11,8 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-DEPTH, WIDTH, MODEL = 5, 64, 2  # as in lower_step.py
+# As in lower_step.py. Products of the layers have none of V and Z.
+R, D, F, V, Z, FSDP, MODEL = 5, 96, 384, 32, 4, 2, 2
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +51,45 @@ def test_every_array_of_the_state_is_donated_to_an_output(folder, lowered):
 
 def test_no_product_is_float32_where_bfloat16_was_asked(lowered):
   products = re.findall(
-    r"dot_general .*?precision = \[(\w+), \w+\] : "
+    r"stablehlo\.dot_general .*?precision = \[(\w+), \w+\] : "
     r"\(tensor<([^>]*)>, tensor<([^>]*)>\)",
     lowered,
   )
-  half = [
-    p for p in products if p[1].endswith("bf16") and p[2].endswith("bf16")
-  ]
-  assert len(half) > 20
-  for precision, *operands in products:
-    if (precision, *operands) not in half:
-      # What is float32 by intent says so: head, embeddings, the tokenizer.
-      assert precision == "HIGHEST", operands
+  assert len(products) == lowered.count("stablehlo.dot_general")
+  half = {
+    (left, right)
+    for _, left, right in products
+    if left.endswith("bf16") and right.endswith("bf16")
+  }
+  assert (f"24x21x{D}xbf16", f"{D}x{F}xbf16") in half
+  assert (f"24x21x{F}xbf16", f"{F}x{D}xbf16") in half
+  assert ("24x21x6x16xbf16", "24x21x6x16xbf16") in half  # scores
+  for precision, left, right in products:
+    if (left, right) not in half:
+      # Head, embeddings, codes and the tokenizer: float32, and say so.
+      assert precision == "HIGHEST", (left, right)
+      sizes = {int(n) for n in re.findall(r"(\d+)x", left + right)}
+      assert sizes & {V, Z}, (left, right)
 
 
 def test_a_parameter_is_gathered_in_its_layer_only(folder):
   program = (folder / "compiled.hlo").read_text()
-  gathered = [
-    tuple(map(int, re.search(r"\w+\[([\d,]*)\]", line)[1].split(",")))
-    for line in program.splitlines()
-    if re.search(r"= \S+ all-gather(-start)?\(", line)
+  moved = [
+    tuple(int(n) for n in shape.split(","))
+    for results in re.findall(
+      r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)"
+      r"(?:-start)?\(",
+      program,
+    )
+    for shape in re.findall(r"\w+\[([\d,]+)\]", results)
   ]
   # A layer's first MLP matrix, whole but for the model axis.
-  assert (WIDTH, 4 * WIDTH // MODEL) in gathered
-  assert not [shape for shape in gathered if shape[0] == DEPTH], gathered
+  assert (D, F // MODEL) in moved
+  state = map(tuple, json.loads((folder / "state.json").read_text()))
+  stacks = {shape for shape in state if len(shape) == 3 and shape[0] == R}
+  assert (R, D, F) in stacks
+  for shape in moved:
+    # Neither a stack of layers nor what a chip would have of it unsplit.
+    for stack in stacks:
+      whole = math.prod(stack) // MODEL
+      assert shape[0] != R or math.prod(shape) < whole, (shape, stack)

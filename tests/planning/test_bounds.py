@@ -1,11 +1,20 @@
 """Traffic against collectives that are written out, products by their kind."""
 
+import dataclasses
+import math
+
+import jax
 import pytest
 
+from configs import tokenizer as tokenizer_presets
+from configs import var as var_presets
 from var_jax.models.blocks import VARConfig
 from var_jax.models.tokenizer import TokenizerConfig
-from var_jax.planning import bounds
+from var_jax.parallel import mesh as mesh_lib
+from var_jax.planning import bounds, memory
+from var_jax.planning.topology import Chip
 from var_jax.training import flops
+from var_jax.training.var_training import VARTraining
 
 SIZES = {"slice": 2, "data": 3, "fsdp": 4, "model": 2}
 
@@ -21,17 +30,17 @@ def test_a_matrix_is_gathered_twice_and_its_gradient_scattered_and_summed():
   held = 2 * 8 * 16 * 64 / SIZES["model"]
   shard = held / SIZES["fsdp"]
   traffic = bounds.gradients(shapes, SIZES, "bfloat16", parts=1)
-  # A sum is a scatter and a gather.
+  # A sum is a scatter and a gather; slices are joined between the two.
   assert traffic.ici == pytest.approx(3 * ring(4, held) + 2 * ring(3, shard))
-  assert traffic.dcn == pytest.approx(2 * ring(2, shard))
+  assert traffic.dcn == pytest.approx(2 * ring(2, shard / 3))
 
 
 def test_what_is_whole_on_all_chips_is_only_summed():
   shapes = {"head/bias": (32,)}
   traffic = bounds.gradients(shapes, SIZES, "bfloat16", parts=1)
   held = 4 * 32  # the head is float32
-  assert traffic.ici == pytest.approx(2 * ring(4, held) + 2 * ring(3, held))
-  assert traffic.dcn == pytest.approx(2 * ring(2, held))
+  assert traffic.ici == pytest.approx(2 * ring(12, held))
+  assert traffic.dcn == pytest.approx(2 * ring(2, held / 12))
 
 
 def test_every_part_of_a_batch_gathers_again():
@@ -57,27 +66,42 @@ def test_heads_and_mlp_parts_are_added_up_once_more_with_remat():
   assert bounds.train_sums(cfg, 100, 5, sizes) == pytest.approx(expected)
 
 
-def test_a_gathering_of_all_is_a_third_of_what_training_moves_of_it():
-  shapes = {"blocks/ffn/fc1/kernel": (8, 16, 64), "head/bias": (32,)}
-  only = dict.fromkeys(SIZES, 1) | {"fsdp": 4, "model": 2}
-  once = bounds.gathered(shapes, only, "bfloat16")
-  assert once == pytest.approx(ring(4, 2 * 8 * 16 * 64 / 2))
-  trained = bounds.gradients(
-    {"blocks/ffn/fc1/kernel": (8, 16, 64)}, only, "bfloat16", parts=1
-  )
-  assert trained.ici == pytest.approx(3 * once)
-
-
 def test_float32_products_count_sixfold():
   cfg, tokenizer = VARConfig.official(2), TokenizerConfig()
   counts = flops.tokenizer_forward(tokenizer)
-  forward = flops.var_forward(cfg)
-  assert bounds.var_products(cfg, None, 680) == pytest.approx(18 * forward)
-  half = VARConfig.official(2, dtype="bfloat16")
-  ends = flops.var_ends(half, 680)
+  layers, ends = flops.var_seen(cfg, 680), flops.var_ends(cfg, 680)
+  assert bounds.var_products(cfg, None, 680) == 18 * (layers + ends)
+  half = dataclasses.replace(cfg, dtype="bfloat16")
   assert bounds.var_products(half, tokenizer, 680) == pytest.approx(
-    3 * (forward - ends) + 18 * ends + 6 * counts.encode
+    3 * layers + 18 * ends + 6 * counts.encode
   )
   assert bounds.tokenizer_products(tokenizer) == pytest.approx(
     6 * flops.tokenizer_step(tokenizer)
   )
+  assert bounds.sample_products(half, tokenizer) == pytest.approx(
+    2 * layers + 12 * ends + 6 * counts.accumulate + counts.decoder
+  )
+
+
+def test_drawing_reads_the_modulation_once_and_the_rest_at_every_scale():
+  config = var_presets.get_config("tiny")
+  config.model.update(width=64, heads=2, depth=3, dtype="float32")
+  sizes = {**tokenizer_presets.get_config("tiny").model, "dtype": "float32"}
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  made = VARTraining.of(config, mesh, TokenizerConfig(**sizes), 10)
+  chip = Chip(
+    "none", flops=1e3, hbm_bytes=0, hbm_rate=7, ici_rate=5, dcn_rate=3
+  )
+  found = bounds.of_draw(made, mesh, images=4, chip=chip)
+  once = at_every_scale = 0
+  for path, shape in memory.parameter_shapes(made).items():
+    if path.startswith(("ada", "head_ada", "class_emb")):
+      once += math.prod(shape)
+    else:
+      at_every_scale += math.prod(shape)
+  assert once > at_every_scale / 4
+  # Scales 1, 2, 4; float32; one chip sends nothing.
+  assert found.memory == pytest.approx(4 * (once + 3 * at_every_scale) / 7)
+  assert found.ici == found.dcn == 0
+  products = bounds.sample_products(made.cfg, made.tokenizer.cfg)
+  assert found.compute == pytest.approx(4 * products / 1e3)

@@ -120,13 +120,14 @@ def kill(launcher, workdir):
     with contextlib.suppress(ProcessLookupError):
       os.killpg(group, signal.SIGKILL)
   wanted = ",".join(map(str, groups))
-  while True:
+  for _ in range(1000):
     states = subprocess.run(
       ["ps", "-o", "stat=", "-p", wanted], capture_output=True, text=True
     ).stdout.split()
     if all(state.startswith("Z") for state in states):
       return
     time.sleep(0.01)
+  raise AssertionError(f"processes of {wanted} are still there: {states}")
 
 
 @pytest.fixture

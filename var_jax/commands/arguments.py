@@ -35,6 +35,12 @@ def count(text: str) -> int:
   return int(text)
 
 
+def positive(text: str) -> int:
+  if not text.isdigit() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+  return int(text)
+
+
 def step(text: str) -> int:
   if not text.isdigit() or int(text) < 1:
     raise argparse.ArgumentTypeError(f"{text!r} is not a step; they start at 1")
@@ -67,6 +73,15 @@ def number(text: str) -> int:
   if not text.isdigit():
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
   return int(text)
+
+
+def mesh(text: str):
+  from var_jax.parallel import mesh as mesh_lib
+
+  try:
+    return mesh_lib.parse(text)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def step_range(text: str) -> tuple[int, int]:

@@ -1,8 +1,12 @@
 """`var-jax doctor`."""
 
-import argparse
-
-from var_jax.commands.arguments import UsageError, add_joining, count, joining
+from var_jax.commands.arguments import (
+  UsageError,
+  add_joining,
+  count,
+  joining,
+  mesh,
+)
 from var_jax.commands.training import read_config
 
 
@@ -20,18 +24,9 @@ def add(commands) -> None:
   doctor.add_argument("--workdir", help="that the run will have")
   doctor.add_argument("--config", help="configs/var.py:d16, for example")
   doctor.add_argument("--devices", type=count, help="that there should be")
-  doctor.add_argument("--mesh", type=_mesh, help="in place of the config's")
+  doctor.add_argument("--mesh", type=mesh, help="in place of the config's")
   add_joining(doctor)
   doctor.set_defaults(run=_doctor)
-
-
-def _mesh(text: str):
-  from var_jax.parallel import mesh
-
-  try:
-    return mesh.parse(text)
-  except ValueError as error:
-    raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _doctor(args) -> int:

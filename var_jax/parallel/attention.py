@@ -62,6 +62,13 @@ def choose(name: str, mesh: Mesh, scales: ScaleSchedule, dtype) -> Callable:
   return layers.attend
 
 
+def name_of(attend: Callable) -> str:
+  """Return which of IMPLEMENTATIONS a function is, as `choose` returns it."""
+  if isinstance(attend, Splash):
+    return "splash"
+  return "cudnn" if attend is cudnn else "plain"
+
+
 def cudnn(q_BlNK, k_BTNK, v_BTNK, mask_lT) -> jax.Array:
   """Return softmax(q k^T) v by cuDNN's fused kernel."""
   return jax.nn.dot_product_attention(

@@ -64,6 +64,8 @@ def parse(text: str) -> MeshConfig:
         f"mesh {text!r} is not understood at {part!r}; write "
         "data=-1,fsdp=16,model=1 or some of these."
       )
+    if name in sizes:
+      raise ValueError(f"mesh {text!r} says {name} twice; say it once.")
     sizes[name] = int(size)
   return MeshConfig(**sizes)
 

@@ -2,12 +2,13 @@
 
     seconds >= max(compute, memory, ici, dcn)
 
-Counted are products, arrays that have to cross HBM, and collectives that the
-sharding asks for, each at the peak rate of its unit. A program can need more
-and overlap less; none can be faster.
+Counted are products, the state that has to cross HBM, and collectives that the
+sharding asks for, each at the peak rate of its unit. A program needs more and
+overlaps less; one that is faster does something else.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -80,23 +81,32 @@ def of_step_traffic(training: Training, mesh: Mesh) -> Traffic:
   return traffic._replace(ici=traffic.ici + summed)
 
 
-def of_draw(training: VARTraining, images: int, chip: Chip) -> Bounds:
-  """Return the bounds of drawing so many images at once, with guidance."""
-  mesh, cfg = training.mesh, training.cfg
+def of_draw(training: VARTraining, mesh: Mesh, images: int, chip: Chip):
+  """Return the bounds of drawing so many images at once, with guidance.
+
+  Args:
+    training: on any mesh.
+  """
+  cfg = training.cfg
   products = images * sample_products(cfg, training.tokenizer.cfg)
   shapes = memory.parameter_shapes(training)
-  # Every scale reads all parameters; what other chips hold is gathered.
-  elements = sum(map(math.prod, shapes.values()))
-  held = _width("blocks/", cfg.dtype) * elements / mesh.shape["model"]
   times, rows = len(cfg.schedule), 2 * images / mesh_lib.row_shards(mesh)
-  summed = forward_sums(cfg, cfg.schedule.num_tokens, rows, mesh.shape)
-  sent = times * gathered(shapes, mesh.shape, cfg.dtype) + summed
+  held = sent = 0.0
+  for path, shape in shapes.items():
+    # What makes the modulation table is read once, the rest at every scale.
+    reads = 1 if _MODULATION.match(path) else times
+    held += reads * _held(path, shape, mesh.shape, cfg.dtype)
+    sent += reads * _gathered(path, shape, mesh.shape, cfg.dtype)
+  sent += forward_sums(cfg, cfg.schedule.num_tokens, rows, mesh.shape)
   return Bounds(
     compute=products / mesh.size / chip.flops,
-    memory=times * held / chip.hbm_rate,
+    memory=held / chip.hbm_rate,
     ici=sent / chip.ici_rate,
     dcn=0.0,
   )
+
+
+_MODULATION = re.compile(r"(shared_|head_)?ada|class_emb")
 
 
 def _last_tokens(training: VARTraining) -> int:
@@ -110,13 +120,14 @@ def var_products(
 ) -> float:
   """Return the bfloat16 FLOPs that a training image takes.
 
+  Attention counts what the mask shows: splash skips the rest.
+
   Args:
     tokenizer: None where tokens are cached.
     tokens: of the scales that are trained.
   """
-  ends = flops.var_ends(cfg, tokens)
-  blocks = flops.var_forward(cfg, tokens) - ends
-  total = 3 * (_passes(cfg.dtype) * blocks + FLOAT32_PASSES * ends)
+  layers = _passes(cfg.dtype) * flops.var_seen(cfg, tokens)
+  total = 3 * (layers + FLOAT32_PASSES * flops.var_ends(cfg, tokens))
   if tokenizer is not None:
     total += FLOAT32_PASSES * flops.tokenizer_forward(tokenizer).encode
   return total
@@ -130,14 +141,13 @@ def tokenizer_products(cfg: TokenizerConfig) -> float:
 
 
 def sample_products(cfg: VARConfig, tokenizer: TokenizerConfig) -> float:
-  """Return the bfloat16 FLOPs that a guided image takes."""
-  ends = 2 * flops.var_ends(cfg, cfg.schedule.num_tokens)
-  blocks = flops.var_sample(cfg, rows=2) - ends
+  """Return the bfloat16 FLOPs that a guided image takes, decoder included."""
+  L = cfg.schedule.num_tokens
   counts = flops.tokenizer_forward(tokenizer)
   return (
-    _passes(cfg.dtype) * blocks
-    + FLOAT32_PASSES * (ends + counts.accumulate)
-    + _passes(tokenizer.dtype) * counts.decoder
+    2 * _passes(cfg.dtype) * flops.var_seen(cfg, L)
+    + FLOAT32_PASSES * (2 * flops.var_ends(cfg, L) + counts.accumulate)
+    + _passes(cfg.dtype) * counts.decoder  # `load` gives both one dtype
   )
 
 
@@ -154,7 +164,8 @@ def gradients(
   """Return the traffic of parameters and their gradients.
 
   What lies in parts is gathered for the forward and the backward pass, and its
-  gradient is scattered; the rest of a gradient is summed.
+  gradient is scattered; a gradient is summed over all copies. Slices are joined
+  last: each chip of a slice exchanges its own part.
 
   Args:
     shapes: of the parameters, by path.
@@ -164,33 +175,16 @@ def gradients(
   """
   ici = dcn = 0.0
   for path, shape in shapes.items():
-    over = _split_over(path, shape)
-    held = _width(path, dtype) * math.prod(shape)
-    if "model" in over:
-      held /= sizes["model"]
-    if "fsdp" in over:
-      ici += 3 * _rest(sizes["fsdp"]) * held
+    held = _held(path, shape, sizes, dtype)
+    copies = sizes["data"]
+    if "fsdp" in _split_over(path, shape):
+      ici += 3 * _gathered(path, shape, sizes, dtype)
       held /= sizes["fsdp"]
     else:
-      ici += 2 * _rest(sizes["fsdp"]) * held
-    ici += 2 * _rest(sizes["data"]) * held
-    dcn += 2 * _rest(sizes["slice"]) * held
+      copies *= sizes["fsdp"]
+    ici += 2 * _rest(copies) * held
+    dcn += 2 * _rest(sizes["slice"]) * held / copies
   return Traffic(parts * ici, parts * dcn)
-
-
-def gathered(
-  shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], dtype: str
-) -> float:
-  """Return the bytes over ICI of gathering all parameters once."""
-  total = 0.0
-  for path, shape in shapes.items():
-    over = _split_over(path, shape)
-    if "fsdp" in over:
-      held = _width(path, dtype) * math.prod(shape)
-      if "model" in over:
-        held /= sizes["model"]
-      total += _rest(sizes["fsdp"]) * held
-  return total
 
 
 def train_sums(
@@ -212,6 +206,19 @@ def forward_sums(
   """Return the same of the forward pass: attention and MLP of each layer."""
   held = _width("blocks/", cfg.dtype) * rows * tokens * cfg.width
   return cfg.depth * 2 * 2 * _rest(sizes["model"]) * held
+
+
+def _held(path: str, shape, sizes: Mapping[str, int], dtype: str) -> float:
+  """Return a parameter's bytes on a chip when nothing is split over fsdp."""
+  split = sizes["model"] if "model" in _split_over(path, shape) else 1
+  return _width(path, dtype) * math.prod(shape) / split
+
+
+def _gathered(path: str, shape, sizes: Mapping[str, int], dtype: str) -> float:
+  """Return the bytes over ICI of having a parameter whole on each chip."""
+  if "fsdp" not in _split_over(path, shape):
+    return 0.0
+  return _rest(sizes["fsdp"]) * _held(path, shape, sizes, dtype)
 
 
 def _width(path: str, dtype: str) -> int:

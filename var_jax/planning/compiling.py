@@ -1,6 +1,9 @@
 """A run's own programs, compiled for devices that are not there."""
 
+import contextlib
+import dataclasses
 import functools
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -33,16 +36,16 @@ class Memory(NamedTuple):
   peak: int
 
 
-class DoesNotFit(Exception):
+class TooLarge(NamedTuple):
   """The compiler found no way to keep within a chip's memory.
 
   Args:
-    needed: bytes, in all or of temporaries alone, where the compiler says.
+    needed: bytes, where the compiler says.
+    part: that it says them of: all, or temporaries alone.
   """
 
-  def __init__(self, needed: float | None):
-    super().__init__(needed)
-    self.needed = needed
+  needed: float | None
+  part: str
 
 
 class Compiled(NamedTuple):
@@ -93,16 +96,20 @@ def tokenizer_shapes(tokenizer: Tokenizer) -> Any:
 
 def sample_programs(
   training: VARTraining, images: int
-) -> Iterator[tuple[str, jax.stages.Lowered]]:
-  """Yield the finest scale's program and the decoder's, by name.
+) -> Iterator[tuple[str, jax.stages.Lowered, int]]:
+  """Yield the finest scale's program and the decoder's.
 
-  No other scale needs more: all of them hold the same cache.
+  No other scale needs more: all of them hold the same cache. Each comes with
+  its name and the bytes that a chip holds beside it: the other model and, in a
+  stream, the cache.
 
   Args:
     images: drawn at once, by all devices together.
   """
   mesh, cfg = training.mesh, training.cfg
-  models = sampler.Models(training.tokenizer, VAR(cfg), rules.Context(mesh))
+  # `load` gives both models one dtype.
+  tokenizer = dataclasses.replace(training.tokenizer.cfg, dtype=cfg.dtype)
+  models = sampler.Models(Tokenizer(tokenizer), VAR(cfg), rules.Context(mesh))
   params = _held(training)
   by_rows = mesh_lib.by_rows(mesh)
 
@@ -142,26 +149,26 @@ def sample_programs(
         given=None,
         **how,
       ),
+      _bytes(params.tokenizer["params"]["decoder"]),
     )
     yield (
       "decoder",
       sampler.decode_program.lower(models, params, state.f_hat_BhwZ),
+      _bytes((params.var, state.cache)),
     )
 
 
-def compiled(lowered: jax.stages.Lowered) -> Compiled:
-  """Compile; return what it takes.
-
-  Raises:
-    DoesNotFit: it needs more memory than a chip has.
-  """
+def compiled(lowered: jax.stages.Lowered) -> Compiled | TooLarge:
+  """Compile; return what it takes."""
   begin = time.monotonic()
   try:
-    program = lowered.compile()
+    with _unkept():
+      program = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    too_large = refused(str(error))
+    if too_large is None:
       raise
-    raise DoesNotFit(_needed(str(error))) from None
+    return too_large
   found = program.memory_analysis()
   memory = Memory(
     arguments=found.argument_size_in_bytes,
@@ -172,15 +179,37 @@ def compiled(lowered: jax.stages.Lowered) -> Compiled:
   return Compiled(memory, time.monotonic() - begin)
 
 
-def _needed(message: str) -> float | None:
-  """Return the bytes that the compiler says it would have to have."""
-  found = re.search(
-    r"temporaries \(([\d.]+)([KMG])|Used ([\d.]+)([KMG])", message
-  )
-  if not found:
+@contextlib.contextmanager
+def _unkept() -> Iterator[None]:
+  """Write nothing into JAX's compilation cache.
+
+  A program for devices that are not there cannot be read back from it.
+  """
+  name = "jax_persistent_cache_min_compile_time_secs"
+  before = getattr(jax.config, name)
+  jax.config.update(name, math.inf)
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
+
+
+def refused(message: str) -> TooLarge | None:
+  """Return what an error of the compiler says of HBM; None: it is another."""
+  lower = message.lower()
+  if "resource_exhausted" not in lower or "hbm" not in lower:
     return None
-  number, unit = (part for part in found.groups() if part)
-  return float(number) * {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}[unit]
+  size = r"([\d.]+)([kmgt])"
+  for part, pattern in (
+    ("all", rf"used {size} of [\d.]+\w hbm"),
+    ("temporaries", rf"hlo temporaries \({size}\)"),
+  ):
+    found = re.search(pattern, lower)
+    if found:
+      number, unit = found.groups()
+      scale = 2.0 ** (10 * (1 + "kmgt".index(unit)))
+      return TooLarge(float(number) * scale, part)
+  return TooLarge(None, "all")
 
 
 def _held(training: VARTraining) -> sampler.ModelParams:
@@ -207,6 +236,14 @@ def _held(training: VARTraining) -> sampler.ModelParams:
 def _tokenizer_like(tokenizer: Tokenizer, mesh) -> Any:
   """Return the shapes of a frozen tokenizer, the same on all devices."""
   return _placed(tokenizer_shapes(tokenizer), mesh, ())
+
+
+def _bytes(tree: Any) -> int:
+  """Return the bytes on a chip."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
 
 
 def _placed(shapes: Any, mesh, axes: tuple[str | None, ...]) -> Any:

@@ -2,9 +2,9 @@
 
     peak = state + tokenizer + batch + max(encoder, saved + gradients + layer)
 
-What a step is given is exact. The rest counts the arrays that are alive when
-most are, where XLA for TPU was seen to have them: docs/pods.md has both numbers
-for each row of its table.
+The first three are counted. The rest is the arrays that are alive when most
+are, as XLA for TPU was seen to have them: tests/planning/peaks.json has what it
+said, from which the constants below come.
 """
 
 import math
@@ -25,10 +25,9 @@ class Estimate(NamedTuple):
   """Bytes on one chip."""
 
   state: float
-  frozen: float  # the tokenizer's part that encodes
+  frozen: float  # what the step takes of the tokenizer
   batch: float
-  saved: float  # by the forward pass for the backward pass
-  working: float  # all else that is alive at the peak
+  activations: float  # and temporaries, where most are alive
 
   @property
   def peak(self) -> float:
@@ -41,23 +40,25 @@ def estimate(
   *,
   remat: str | None = None,
   accumulate: int | None = None,
+  batch: int | None = None,
 ) -> Estimate:
   """Return what a step holds on a mesh, or would hold with other settings.
 
   Args:
     training: on any mesh.
-    remat, accumulate: in place of the config's.
+    remat, accumulate, batch: in place of the config's.
 
   Raises:
     ValueError: the parameters or the batch do not divide on the mesh.
   """
   config, cfg = training.config, training.cfg
   parts = accumulate or config.accumulate
-  mesh_lib.check_batch(mesh, config.data.batch_size, parts)
-  rows = config.data.batch_size / mesh_lib.row_shards(mesh)
+  batch = batch or config.data.batch_size
+  mesh_lib.check_batch(mesh, batch, parts)
+  rows = batch / mesh_lib.row_shards(mesh)
   tokens = training.work(training.stage_of(config.steps - 1)).tokens_per_image
-  state = state_bytes(training, mesh)
-  gradients = _bytes(mesh, training.like.params)
+  state = _bytes(mesh, training.like, tiled=True)
+  gradients = _GRADIENTS * _bytes(mesh, training.like.params)
   model = mesh.shape["model"]
   b = rows / parts
   saved = b * tokens * _saved(cfg, remat or cfg.remat, model)
@@ -68,10 +69,9 @@ def estimate(
     working += gradients  # the sum so far
   cached = config.data.token_cache
   encoder = 0.0 if cached else b * _encoder(training.tokenizer.cfg)
-  if encoder > saved + working:
-    saved, working = 0.0, encoder
-  frozen = _frozen(training)
-  return Estimate(state, frozen, rows * _sample(training), saved, working)
+  activations = max(saved + working, encoder)
+  taken, _ = _frozen(training)
+  return Estimate(state, taken, rows * _sample(training), activations)
 
 
 def state_bytes(training: VARTraining | TokenizerTraining, mesh) -> int:
@@ -85,33 +85,52 @@ def parameter_shapes(training) -> dict[str, tuple[int, ...]]:
   return {rules.name_of(path): leaf.shape for path, leaf in leaves}
 
 
-def _bytes(mesh, tree) -> int:
+def _bytes(mesh, tree, tiled: bool = False) -> int:
   lies = rules.shardings(mesh, tree)
+  size = _in_tiles if tiled else tuple
   return sum(
-    math.prod(_tiled(where.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+    math.prod(size(where.shard_shape(leaf.shape))) * leaf.dtype.itemsize
     for leaf, where in zip(
       jax.tree.leaves(tree), jax.tree.leaves(lies), strict=True
     )
   )
 
 
-def _tiled(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Return a shape as it lies in memory, in tiles of 8 by 128."""
+def _in_tiles(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Return a shape with its smaller last dimension filled up to 8.
+
+  A part of a width, like 1920 / 128 = 15, does not fill the tiles it lies in.
+  """
   if len(shape) < 2:
     return shape
   *rest, i, j = shape
   low, high = sorted((i, j))
-  return *rest, -(-low // 8) * 8, -(-high // 128) * 128
+  return *rest, -(-low // 8) * 8, high
 
 
-def _frozen(training: VARTraining) -> int:
-  """Return the bytes of what a step needs of the tokenizer."""
+def beside(training: VARTraining) -> int:
+  """Return the bytes of the tokenizer that a step does not take: its decoder.
+
+  It is on each chip all the same, for pictures.
+  """
+  _, left = _frozen(training)
+  return left
+
+
+def _frozen(training: VARTraining) -> tuple[int, int]:
+  """Return the bytes of the tokenizer that a step takes, and of the rest."""
   shapes = compiling.tokenizer_shapes(training.tokenizer)
   unused = {"decoder", "post_quant_conv"}
   if training.config.data.token_cache:
     unused |= {"encoder", "quant_conv"}
-  used = [v for k, v in shapes["params"].items() if k not in unused]
-  return sum(4 * leaf.size for leaf in jax.tree.leaves(used))
+  taken = left = 0
+  for name, leaves in shapes["params"].items():
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(leaves))
+    if name in unused:
+      left += size
+    else:
+      taken += size
+  return taken, left
 
 
 def _sample(training: VARTraining) -> int:
@@ -151,8 +170,10 @@ def _encoder(cfg: TokenizerConfig) -> float:
 
 # "none" keeps what elementwise steps make of the products too.
 _UNKEPT = 4.0
+# Gradients, and what there is of updates beside them.
+_GRADIENTS = 1.2
 # Arrays of the stream's size, float32, in the backward pass of a layer: those
 # that a model axis does not split, and those it does.
-_WHOLE, _SPLIT = 5.0, 12.5
+_WHOLE, _SPLIT = 6.0, 14.0
 # Float32 arrays of the encoder's finest level.
 _FINEST = 4.9

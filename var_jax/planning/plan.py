@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from var_jax.parallel import attention as attention_lib
 from var_jax.parallel import mesh as mesh_lib
 from var_jax.parallel.mesh import MeshConfig
 from var_jax.planning import bounds, compiling, memory, search
@@ -27,33 +28,41 @@ def train(asked: Asked, cfg: MeshConfig) -> dict[str, Any]:
   batch, steps = config.data.batch_size, config.steps
   training = asked.training(mesh)
   mesh_lib.check_batch(mesh, batch, config.accumulate)
-  head = _head(
-    asked, training, [("train step", compiling.train_step(training))]
-  )
-  each = training.work(training.stage_of(steps - 1)).flops_per_step
-  limits = bounds.of_step(training, mesh, asked.topology.chip)
-  rate = batch / _seconds(asked, mesh.size, each, limits)
-  days = steps * batch / rate / 86400
-  estimate, remedies = None, []
+  estimate, attention, beside = None, None, 0
   if isinstance(training, VARTraining):
     estimate = memory.estimate(training, mesh)
     estimate = estimate._asdict() | {"peak": estimate.peak}
-    remedies = [] if head["fits"] else search.remedies(asked, training)
-  elif not head["fits"]:
-    remedies = ["a smaller batch, or more chips: each holds all parameters"]
+    attention = attention_lib.name_of(training.var.attend)
+    beside = memory.beside(training)
+  step = ("train step", compiling.train_step(training), beside)
+  head = _head(asked, training, [step])
+  each = training.work(training.stage_of(steps - 1)).flops_per_step
+  limits = bounds.of_step(training, mesh, asked.topology.chip)
+  seconds, mfu = _pace(asked, mesh.size, each, limits)
+  days = steps * seconds / 86400
+  remedies = []
+  if not head["fits"]:
+    if isinstance(training, VARTraining):
+      remedies = search.remedies(asked, training)
+    remedies = remedies or ["more chips, a smaller batch, or both"]
+  cost = None
+  if asked.price is not None:
+    cost = asked.price * mesh.size * days * 24
   return head | {
     "program": "train",
     "batch": batch,
     "steps": steps,
+    "attention": attention,
     "state_bytes": memory.state_bytes(training, mesh),
     "estimate": estimate,
-    "flops_per_step": each,
+    "flops": each,
     "traffic_bytes": bounds.of_step_traffic(training, mesh)._asdict(),
     "bound_seconds": limits._asdict(),
-    "mfu": asked.mfu,
-    "images_per_second": rate,
+    "mfu": mfu,
+    "busy": limits.compute / seconds,
+    "images_per_second": batch / seconds,
     "days": days,
-    "cost": asked.price and asked.price * mesh.size * days * 24,
+    "cost": cost,
     "remedies": remedies,
   }
 
@@ -77,27 +86,29 @@ def sample(asked: Asked, cfg: MeshConfig) -> dict[str, Any]:
   head = _head(asked, training, compiling.sample_programs(training, images))
   each = flops.var_sample(training.cfg, rows=2)
   each += flops.tokenizer_forward(training.tokenizer.cfg).decoder
-  limits = bounds.of_draw(training, images, asked.topology.chip)
-  fewer = ["fewer --images", "more chips for fsdp or model in --mesh"]
+  limits = bounds.of_draw(training, mesh, images, asked.topology.chip)
+  seconds, mfu = _pace(asked, mesh.size, images * each, limits)
+  fewer = "fewer --images, or fsdp or model in --mesh"
   return head | {
     "program": "sample",
     "images": images,
-    "flops_per_image": each,
+    "flops": images * each,
     "bound_seconds": limits._asdict(),
-    "mfu": asked.mfu,
-    "images_per_second": images
-    / _seconds(asked, mesh.size, images * each, limits),
-    "remedies": [] if head["fits"] else fewer,
+    "mfu": mfu,
+    "busy": limits.compute / seconds,
+    "images_per_second": images / seconds,
+    "remedies": [] if head["fits"] else [fewer],
   }
 
 
 def _head(
   asked: Asked,
   training: Training,
-  programs: Iterable[tuple[str, jax.stages.Lowered]],
+  programs: Iterable[tuple[str, jax.stages.Lowered, int]],
 ) -> dict[str, Any]:
   """Compile the programs; return what plans of all kinds have."""
-  compiled = [_compiled(name, lowered) for name, lowered in programs]
+  limit = asked.topology.chip.hbm_bytes
+  compiled = [_compiled(*program, limit) for program in programs]
   axes = training.mesh.shape
   cfg = MeshConfig(axes["slice"], axes["data"], axes["fsdp"], axes["model"])
   return {
@@ -107,22 +118,33 @@ def _head(
     "mesh": str(cfg),
     "image_size": training.tokenizer.cfg.image_shape[0],
     "classes": asked.classes,
-    "available_bytes": asked.topology.chip.hbm_bytes,
+    "available_bytes": limit,
     "fits": all(program["fits"] for program in compiled),
     "programs": compiled,
   }
 
 
-def _compiled(name: str, lowered: jax.stages.Lowered) -> dict[str, Any]:
-  try:
-    found = compiling.compiled(lowered)
-  except compiling.DoesNotFit as error:
-    return {"name": name, "fits": False, "needed_bytes": error.needed}
-  seconds = {"compile_seconds": found.seconds}
-  return {"name": name, "fits": True} | found.memory._asdict() | seconds
+def _compiled(name: str, lowered, beside: int, limit: float) -> dict[str, Any]:
+  """Compile one program; it fits with what a chip holds beside it."""
+  found = compiling.compiled(lowered)
+  if isinstance(found, compiling.TooLarge):
+    return {"name": name, "fits": False} | found._asdict()
+  return {
+    "name": name,
+    "fits": found.memory.peak + beside <= limit,
+    **found.memory._asdict(),
+    "beside": beside,
+    "compile_seconds": found.seconds,
+  }
 
 
-def _seconds(asked: Asked, chips: int, products: float, limits) -> float:
-  """Return the seconds at the stated MFU, or the bound if it is slower."""
-  peak = chips * asked.topology.chip.flops
-  return max(products / (asked.mfu * peak), *limits)
+def _pace(
+  asked: Asked, chips: int, products: float, limits: bounds.Bounds
+) -> tuple[float, float]:
+  """Return seconds at the MFU that is asked for, and the MFU that it is.
+
+  That is less where a bound is slower.
+  """
+  least = products / (chips * asked.topology.chip.flops)
+  seconds = max(least / asked.mfu, *limits)
+  return seconds, least / seconds

@@ -42,27 +42,22 @@ def ranked(asked: Asked) -> list[tuple[MeshConfig, memory.Estimate]]:
 
 
 def remedies(asked: Asked, training: VARTraining) -> list[str]:
-  """Return the single changes that fit by the estimate.
-
-  If there is none, the one that comes closest, and that more chips are needed.
-  """
+  """Return the single changes that fit by the estimate; none may."""
   config, mesh = asked.config, training.mesh
+  batch, parts = config.data.batch_size, config.accumulate
   options = {}
   for remat in ("dots", "full"):
-    if remat != config.model.remat:
-      peak = memory.estimate(training, mesh, remat=remat).peak
-      options[f"--config.model.remat={remat}"] = peak
+    peak = memory.estimate(training, mesh, remat=remat).peak
+    options[f"--config.model.remat={remat}"] = peak
   for times in (2, 4, 8, 16):
-    parts = times * config.accumulate
-    if config.data.batch_size % (parts * mesh_lib.row_shards(mesh)) == 0:
-      peak = memory.estimate(training, mesh, accumulate=parts).peak
-      options[f"--config.accumulate={parts}"] = peak
-  best, estimate = ranked(asked)[0]
-  if asked.mesh(best) != mesh:
-    options[f"--mesh {best}"] = estimate.peak
-  limit = asked.topology.chip.hbm_bytes
-  fits = [name for name, peak in options.items() if _SAFE * peak <= limit]
-  if fits:
-    return fits
-  closest = min(options, key=options.get, default="")
-  return [" and ".join(filter(None, [closest, "more chips"]))]
+    if batch % (times * parts * mesh_lib.row_shards(mesh)) == 0:
+      peak = memory.estimate(training, mesh, accumulate=times * parts).peak
+      options[f"--config.accumulate={times * parts}"] = peak
+      peak = memory.estimate(training, mesh, batch=batch // times).peak
+      options[f"--config.data.batch_size={batch // times}"] = peak
+  for cfg, estimate in ranked(asked)[:2]:
+    options[f"--mesh {cfg}"] = estimate.peak
+  # The estimate may have taken this for one that fits: it has to get less.
+  now = memory.estimate(training, mesh).peak
+  limit = min(asked.topology.chip.hbm_bytes / _SAFE, now / _SAFE)
+  return [change for change, peak in options.items() if peak <= limit]

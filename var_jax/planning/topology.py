@@ -5,6 +5,7 @@ Google Cloud: v5e:4x4 is sixteen v5e chips, of which four share a host.
 """
 
 import dataclasses
+import importlib.util
 import os
 from typing import NamedTuple
 
@@ -70,6 +71,7 @@ class Topology:
 
   @property
   def chip(self) -> Chip:
+    """Return what one of its chips can do."""
     return CHIPS[self.name.partition(":")[0]]
 
   def devices(self) -> list[jax.Device]:
@@ -81,16 +83,30 @@ class Topology:
     more = {"num_slices": self.slices} if self.slices > 1 else {}
     if self.name.endswith(":1x1"):
       more["chips_per_host_bounds"] = (1, 1, 1)
+    if importlib.util.find_spec("libtpu") is None:
+      raise ValueError(
+        "the TPU compiler, libtpu, is not installed; pip install 'jax[tpu]', "
+        "which needs no TPU."
+      )
     try:
       found = topologies.get_topology_desc(
         platform="tpu", topology_name=self.name, **more
       )
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
       raise ValueError(
-        f"the TPU compiler cannot be loaded ({error}); install it with "
-        "pip install 'var-jax[tpu]', which needs no TPU."
+        f"libtpu has no {self.slices} x {self.name} ({error}); try another "
+        "topology, or the libtpu that pip install 'jax[tpu]' chooses."
       ) from None
     return list(found.devices)
+
+
+# What libtpu would ask the machine for, and wait, if it had TPUs.
+ALONE = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 def use_no_tpu() -> None:
@@ -100,13 +116,9 @@ def use_no_tpu() -> None:
   process.
   """
   jax.config.update("jax_platforms", "cpu")
-  os.environ.update(
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-16",
-    TPU_WORKER_HOSTNAMES="localhost",
-  )
+  os.environ.update(ALONE)
 
 
 def names() -> list[str]:
+  """Return the topologies that there are."""
   return [f"{kind}:{shape}" for kind in SHAPES for shape in SHAPES[kind]]

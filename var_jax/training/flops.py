@@ -105,18 +105,27 @@ def var_forward(cfg: VARConfig, tokens: int | None = None) -> float:
   return _var(cfg, L, seen=L * L) + var_ends(cfg, L)
 
 
+def var_seen(cfg: VARConfig, tokens: int) -> float:
+  """Return the FLOPs of layers and modulation of one image's first tokens.
+
+  Counted are the pairs of tokens that the block-causal mask shows, as drawing
+  scale by scale computes them.
+  """
+  scales = cfg.schedule
+  ends = [scales.end(s) for s in range(len(scales)) if scales.end(s) <= tokens]
+  starts = [0, *ends[:-1]]
+  seen = sum((b - a) * b for a, b in zip(starts, ends, strict=True))
+  return _var(cfg, tokens, seen)
+
+
 def var_sample(cfg: VARConfig, rows: int) -> float:
   """Return the FLOPs of drawing all scales of one image, without the tokenizer.
 
   Args:
     rows: 2 with guidance, which has an unconditional half; else 1.
   """
-  scales = cfg.schedule
-  ends = [scales.end(s) for s in range(len(scales))]
-  starts = [0, *ends[:-1]]
-  seen = sum((b - a) * b for a, b in zip(starts, ends, strict=True))
-  L = scales.num_tokens
-  return rows * (_var(cfg, L, seen) + var_ends(cfg, L))
+  L = cfg.schedule.num_tokens
+  return rows * (var_seen(cfg, L) + var_ends(cfg, L))
 
 
 def var_ends(cfg: VARConfig, tokens: int) -> float:
