@@ -83,7 +83,7 @@ def peaks():
     yield pytest.param(row, id=f"{name} {row['changes'] or ''}")
 
 
-@pytest.mark.parametrize("row", peaks())
+@pytest.mark.parametrize("row", list(peaks()))
 def test_an_estimate_is_within_a_tenth_of_the_compiler_s_peak(row, monkeypatch):
   """The compiler's words are kept; compiling again takes minutes each."""
   pytest.importorskip("libtpu")
