@@ -89,7 +89,8 @@ def test_splash_gives_the_loss_and_gradient_of_plain_attention():
     _, metrics = each.step(None)(state, frozen, batch(each))
     found[name] = np.array([metrics["loss"], metrics["grad_norm"]])
   np.testing.assert_allclose(found["splash"], found["plain"], rtol=1e-5)
-  assert np.all(np.abs(found["blind"] / found["plain"] - 1) > 1e-3)
+  # Ten times the tolerance and more.
+  assert np.all(np.abs(found["blind"] / found["plain"] - 1) > 1e-4)
 
 
 def test_a_tokenizer_of_another_size_is_refused():
