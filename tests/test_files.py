@@ -28,9 +28,9 @@ def test_a_checkpoint_elsewhere_is_refused(path):
 
 def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match=r"pip install 'var-jax\[gs\]'"):
+  with pytest.raises(ValueError, match=r"pip install gcsfs"):
     files.absolute("gs://bucket/run")
-  with pytest.raises(ValueError, match=r"pip install 'var-jax\[s3\]'"):
+  with pytest.raises(ValueError, match=r"pip install s3fs"):
     images.check_output("s3://bucket/3.png")
 
 
