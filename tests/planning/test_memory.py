@@ -85,7 +85,10 @@ def peaks():
 
 @pytest.mark.parametrize("row", list(peaks()))
 def test_an_estimate_is_within_a_tenth_of_the_compiler_s_peak(row, monkeypatch):
-  """The compiler's words are kept; compiling again takes minutes each."""
+  """The compiler's words are kept; compiling again takes minutes each.
+
+  What is below a hundredth of the smallest chip's memory does not count.
+  """
   pytest.importorskip("libtpu")
   for name in topology.ALONE:
     monkeypatch.setenv(name, "")
@@ -96,6 +99,6 @@ def test_an_estimate_is_within_a_tenth_of_the_compiler_s_peak(row, monkeypatch):
   asked = Asked(config, slices)
   mesh = asked.mesh(mesh_lib.parse(row["mesh"]))
   found = memory.estimate(asked.training(mesh), mesh)
-  assert found.peak == pytest.approx(row["peak"], rel=0.1)
+  assert found.peak == pytest.approx(row["peak"], rel=0.1, abs=0.15 * 2**30)
   given = found.state + found.frozen + found.batch
   assert given == pytest.approx(row["arguments"], rel=0.05)

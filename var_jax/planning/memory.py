@@ -169,11 +169,11 @@ def _encoder(cfg: TokenizerConfig) -> float:
 
 
 # "none" keeps what elementwise steps make of the products too.
-_UNKEPT = 4.0
+_UNKEPT = 7.2
 # Gradients, and what there is of updates beside them.
 _GRADIENTS = 1.2
 # Arrays of the stream's size, float32, in the backward pass of a layer: those
 # that a model axis does not split, and those it does.
-_WHOLE, _SPLIT = 6.0, 14.0
+_WHOLE, _SPLIT = 2.5, 16.5
 # Float32 arrays of the encoder's finest level.
 _FINEST = 4.9
