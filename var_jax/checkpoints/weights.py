@@ -5,7 +5,6 @@ from NumPy arrays: neither makes a second copy of a large model on the host.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,18 +18,12 @@ from etils import epath
 from var_jax import files
 from var_jax.checkpoints import checksums, orbax_trees, store, torch_format
 from var_jax.checkpoints.description import Description, architecture_digest
+from var_jax.models.layers import held_dtype
 from var_jax.models.tokenizer import TokenizerConfig
 
 Sharding = (
   jax.sharding.Sharding
   | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-)
-
-# Parameters that meet nothing but a product in `dtype`: nn.Dense and nn.Conv
-# would cast them at each use. The encoder and all norms stay float32.
-_ONLY_MULTIPLIED = re.compile(
-  r"(blocks/(attn|ffn)/\w+|(shared_|head_)?ada/linear"
-  r"|decoder/(?!.*norm)[\w/]+)/(kernel|bias)"
 )
 
 
@@ -173,16 +166,6 @@ def verify(step: epath.Path) -> None:
 def kept(step: epath.Path, weights: str) -> str:
   """Return "ema" or "raw": what asking a step for `weights` gives."""
   return "ema" if _item(step, weights).name == "ema" else "raw"
-
-
-def held_dtype(path: str, dtype: Any, matmul: str) -> Any:
-  """Return the dtype that a parameter is held in, to be drawn with.
-
-  Args:
-    path: as in `rules.PARAM_AXES`.
-    matmul: dtype of matmul inputs.
-  """
-  return matmul if _ONLY_MULTIPLIED.fullmatch(path) else dtype
 
 
 def read_step(

@@ -3,10 +3,20 @@
 Norms and softmax are float32 whatever comes in; the caller casts back.
 """
 
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 HIGHEST = jax.lax.Precision.HIGHEST
+
+# Parameters that meet nothing but a product in `dtype`: nn.Dense and nn.Conv
+# would cast them at each use. The encoder and all norms stay float32.
+_ONLY_MULTIPLIED = re.compile(
+  r"(blocks/(attn|ffn)/\w+|(shared_|head_)?ada/linear"
+  r"|decoder/(?!.*norm)[\w/]+)/(kernel|bias)"
+)
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
@@ -37,6 +47,16 @@ def resolve_dtype(dtype, platform: str | None = None) -> str:
       f"dtype {dtype!r} is not known; use auto, float32 or bfloat16."
     )
   return name
+
+
+def held_dtype(path: str, dtype: Any, matmul: str) -> Any:
+  """Return the dtype that a parameter is held in, to be drawn with.
+
+  Args:
+    path: of the parameter, as in blocks/attn/proj/kernel.
+    matmul: dtype of matmul inputs.
+  """
+  return matmul if _ONLY_MULTIPLIED.fullmatch(path) else dtype
 
 
 def layer_norm(x_BlD: jax.Array, eps: float) -> jax.Array:

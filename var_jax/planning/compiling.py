@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from var_jax.checkpoints import weights
 from var_jax.generation import sampler
+from var_jax.models import layers
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import VAR, Modulation
 from var_jax.parallel import mesh as mesh_lib
@@ -220,7 +220,7 @@ def _held(training: VARTraining) -> sampler.ModelParams:
     name = rules.name_of(path)
     return jax.ShapeDtypeStruct(
       leaf.shape,
-      weights.held_dtype(name, leaf.dtype, matmul),
+      layers.held_dtype(name, leaf.dtype, matmul),
       sharding=rules.sharding(mesh, name, leaf.shape),
     )
 
