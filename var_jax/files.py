@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import sys
@@ -59,6 +60,7 @@ def absolute(
   os.environ.setdefault("EPATH_USE_TF", "false")
   import fsspec
 
+  logging.getLogger(package).setLevel(logging.CRITICAL)  # what it raises, too
   # Orbax and other hosts write what a remembered listing does not have.
   settings = fsspec.config.conf.setdefault(protocol, {})
   settings["use_listings_cache"] = False

@@ -13,7 +13,7 @@ class Parser(argparse.ArgumentParser):
     super().__init__(**kwargs, allow_abbrev=False)
 
   def error(self, message: str):
-    raise UsageError(f"{message}; see {self.prog} --help.")
+    raise UsageError(f"{message.rstrip('.')}; see {self.prog} --help.")
 
 
 def integers(text: str) -> list[int]:

@@ -131,11 +131,20 @@ def folder(path: epath.PathLike) -> epath.Path:
   """Return the path of a workdir, absolute.
 
   Raises:
-    ValueError: it is empty, or somewhere that cannot hold one.
+    ValueError: it is empty, somewhere that cannot hold one, or out of reach.
   """
   if not str(path):
     raise ValueError("workdir '' is no folder; give one.")
-  return files.absolute(path)
+  path = files.absolute(path)
+  if files.in_bucket(path):
+    try:
+      path.exists()
+    except Exception as error:  # of a client's many kinds
+      raise ValueError(
+        f"workdir {path} cannot be reached ({files.reason(error)}); look at "
+        "the bucket's name, the network and your credentials."
+      ) from None
+  return path
 
 
 def check_writable(workdir: epath.Path) -> None:
