@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from var_jax import api, files, images
+from var_jax import files, images, loading
 from var_jax.checkpoints import hub
 from var_jax.data import sources, token_cache
 from var_jax.parallel import multihost
@@ -23,7 +23,7 @@ def test_a_path_in_a_bucket_is_absolute(bucket, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["s3://bucket/run", "http://host/run"])
 def test_a_checkpoint_elsewhere_is_refused(path):
   with pytest.raises(ValueError, match=f"'{path}' is no place .* or gs://"):
-    api.load(path)
+    loading.load(path)
 
 
 def test_a_missing_package_is_named(monkeypatch):

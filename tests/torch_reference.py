@@ -199,6 +199,7 @@ class Attention(nn.Module):
     super().__init__()
     D, N = cfg.width, cfg.heads
     self.heads, self.qk_norm = N, cfg.qk_norm
+    self.seen = lambda *kv_BNLK: kv_BNLK  # where a cache would come in
     if cfg.qk_norm:
       self.scale_mul_1H11 = nn.Parameter(torch.full((1, N, 1, 1), math.log(4)))
     self.q_bias = nn.Parameter(torch.zeros(D))
@@ -218,7 +219,8 @@ class Attention(nn.Module):
       k_BNLK = F.normalize(k_BNLK, dim=-1)
     else:  # VAR: a quarter of the usual scale.
       q_BNLK = q_BNLK * (0.25 / math.sqrt(q_BNLK.shape[-1]))
-    y_BNLK = attend(q_BNLK, k_BNLK, v_BNLK, mask_11LL, scale=1.0)
+    kv = self.seen(k_BNLK, v_BNLK)
+    y_BNLK = attend(q_BNLK, *kv, mask_11LL, scale=1.0)
     return self.proj(y_BNLK.transpose(1, 2).flatten(2))
 
 
@@ -275,6 +277,9 @@ class VAR(nn.Module):
     cond = self.shared_ada_lin(cond_BD)
     for block in self.blocks:
       x_BLD = block(x_BLD, cond, self.attn_bias_for_masking[..., :L, :L])
+    return self.logits(x_BLD, cond_BD)
+
+  def logits(self, x_BLD, cond_BD):
     chunks_B12D = self.head_nm["ada_lin"](cond_BD).unflatten(-1, (1, 2, -1))
     scale_B1D, shift_B1D = chunks_B12D.unbind(2)
     return self.head(_modulated_norm(x_BLD, scale_B1D, shift_B1D, self.eps))

@@ -1,8 +1,9 @@
 """var_jax: visual autoregressive modeling by next-scale prediction in JAX."""
 
-from var_jax.api import Model, load
+from var_jax.api import Model
 from var_jax.generation.sampler import Sample
 from var_jax.images import to_uint8
+from var_jax.loading import load
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.models.transformer import VAR, VARConfig
 

@@ -1,25 +1,20 @@
-"""The model as users hold it: load, encode, decode, sample, edit."""
+"""The model as users hold it: encode, decode, sample, edit."""
 
-import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
 
 from var_jax import checks
 from var_jax.generation import edit as edit_lib
 from var_jax.generation import sampler
 from var_jax.generation.sampler import ModelParams, Models, Sample
-from var_jax.models.layers import resolve_dtype
 from var_jax.models.scales import ScaleSchedule, Size
-from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from var_jax.models.transformer import VAR, VARConfig
+from var_jax.models.tokenizer import TokenizerConfig
+from var_jax.models.transformer import VARConfig
 from var_jax.parallel import mesh as mesh_lib
-from var_jax.parallel import rules
 
 
 class ModelConfig(NamedTuple):
@@ -33,57 +28,6 @@ class Preview(NamedTuple):
   scale: int
   tokens_Bl: jax.Array
   preview_BHW3: jax.Array
-
-
-def load(
-  path: epath.PathLike,
-  *,
-  mesh: jax.sharding.Mesh | None = None,
-  dtype: str | None = None,
-  weights: str = "ema",
-) -> "Model":
-  """Return the model of a workdir, at its newest step.
-
-  Args:
-    path: what `var-jax convert` wrote, or a training workdir; or one of its
-      steps, WORKDIR/checkpoints/STEP. A transformer's contains its frozen
-      tokenizer; a tokenizer alone encodes and decodes.
-    mesh: of Auto axes, as `parallel.mesh.make_mesh` returns it: batches are
-      split over slice, data and fsdp, a transformer's parameters over fsdp and
-      model; other axes change nothing. The first device by default.
-    dtype: of matmul inputs, "float32" or "bfloat16"; by default float32 on
-      CPU and bfloat16 elsewhere. Parameters that meet nothing else are held
-      in it.
-    weights: "ema" (falls back to "raw" where none was kept) or "raw".
-
-  Raises:
-    ValueError: there is no checkpoint, it cannot be read, or it is not what
-      its checksums say; or its parameters do not divide on the mesh.
-  """
-  # Here and not above: sampling a model in memory needs no Orbax.
-  from var_jax.checkpoints import weights as weights_lib
-
-  dtype = resolve_dtype(dtype)
-  sharding, context = None, contextlib.nullcontext
-  if mesh is not None:
-    rules.check_divides(mesh, weights_lib.shapes(path))
-    sharding = functools.partial(rules.sharding, mesh)
-    context = rules.Context(mesh)
-  description, tokenizer_params, var_params = weights_lib.read_models(
-    path, weights=weights, sharding=sharding, dtype=dtype
-  )
-  tokenizer = dataclasses.replace(description.tokenizer, dtype=dtype)
-  var = description.transformer
-  return Model(
-    Models(
-      Tokenizer(tokenizer),
-      var and VAR(dataclasses.replace(var, dtype=dtype)),
-      context,
-    ),
-    ModelParams(tokenizer_params, var_params),
-    description.class_names,
-    mesh,
-  )
 
 
 class Model:
@@ -171,6 +115,10 @@ class Model:
     top_k: int = 900,
     top_p: float = 0.96,
     smooth: bool = False,
+    *,
+    temperature: float | Sequence[float] = 1.0,
+    guided_scales: tuple[int, int] | None = None,
+    fused: bool | None = None,
   ) -> Sample:
     """Return images and tokens.
 
@@ -182,9 +130,16 @@ class Model:
       top_k, top_p: filters, 0 is off; top-p acts on what top-k left.
       smooth: mixtures of codes in place of drawn ones, the official
         `more_smooth`; the image then does not follow from the tokens.
+      temperature: that guided logits are divided by; one, or one a scale.
+      guided_scales: (a, b) has guidance from scale a up to, not with, scale b
+        only. What comes after takes half the work.
+      fused: one program for all, or one a scale, which draw the same. By
+        default one, but on CPU, where it gains nothing and compiles later.
     """
-    call = self._prepare(labels_B, key, guidance, top_k, top_p, smooth)
-    return self._cut(sampler.generate(**call), len(labels_B))
+    call = self._prepare(
+      labels_B, key, guidance, top_k, top_p, smooth, temperature, guided_scales
+    )
+    return self._cut(sampler.generate(**call, fused=fused), len(labels_B))
 
   def stream(
     self,
@@ -194,9 +149,14 @@ class Model:
     top_k: int = 900,
     top_p: float = 0.96,
     smooth: bool = False,
+    *,
+    temperature: float | Sequence[float] = 1.0,
+    guided_scales: tuple[int, int] | None = None,
   ) -> Iterator[Preview]:
     """Yield a preview as soon as its scale is drawn; else as `sample`."""
-    call = self._prepare(labels_B, key, guidance, top_k, top_p, smooth)
+    call = self._prepare(
+      labels_B, key, guidance, top_k, top_p, smooth, temperature, guided_scales
+    )
 
     def previews():
       for drawn in sampler.draw_scales(**call):
@@ -205,6 +165,35 @@ class Model:
         yield Preview(drawn.scale, *self._cut(shown, len(labels_B)))
 
     return previews()
+
+  def sample_all(
+    self, labels_N: jax.Array, key: jax.Array, batch_size: int, **how
+  ) -> Iterator[Sample]:
+    """Yield any number of images in batches, the next drawn meanwhile.
+
+    Image i has the key fold_in(key, i) whatever the size of a batch.
+
+    Args:
+      key: one key, or keys [N].
+      batch_size: of all but the last Sample, which has what is left.
+      how: options, as `sample` has them.
+    """
+    labels_N = checks.labels(labels_N, self.config.transformer)
+    keys_N = sampler.image_keys(checks.key(key, len(labels_N)), len(labels_N))
+    checks.batch_size(batch_size)
+
+    def batch(first: int) -> Sample:
+      # The last one is filled up: it is no reason to compile again.
+      rows = np.arange(first, first + batch_size).clip(max=len(labels_N) - 1)
+      drawn = self.sample(labels_N[rows], keys_N[rows], **how)
+      return jax.tree.map(lambda x: x[: len(labels_N) - first], drawn)
+
+    ahead = None
+    for first in range(0, len(labels_N), batch_size):
+      drawn, ahead = ahead, batch(first)
+      if drawn is not None:
+        yield drawn
+    yield ahead
 
   def edit(
     self,
@@ -218,6 +207,9 @@ class Model:
     top_k: int = 900,
     top_p: float = 0.96,
     smooth: bool = False,
+    temperature: float | Sequence[float] = 1.0,
+    guided_scales: tuple[int, int] | None = None,
+    fused: bool | None = None,
   ) -> Sample:
     """Return images whose kept tokens are given and whose others are drawn.
 
@@ -229,7 +221,9 @@ class Model:
       raise ValueError(
         f"method {method!r} is not known; use one of {edit_lib.METHODS}."
       )
-    call = self._prepare(labels_B, key, guidance, top_k, top_p, smooth)
+    call = self._prepare(
+      labels_B, key, guidance, top_k, top_p, smooth, temperature, guided_scales
+    )
     schedule = self._schedule(None)
     keep_hw = np.asarray(keep_hw)
     if keep_hw.shape != schedule.grid or keep_hw.dtype != bool:
@@ -244,25 +238,28 @@ class Model:
         "give one label an image."
       )
     given = edit_lib.given_tokens(self._spread(tokens_BL), keep_hw, schedule)
-    return self._cut(sampler.generate(**call, given=given), len(labels_B))
+    drawn = sampler.generate(**call, given=given, fused=fused)
+    return self._cut(drawn, len(labels_B))
 
   def _schedule(self, scales: Sequence[Size] | None) -> ScaleSchedule:
     if scales is None:
       return self.config.tokenizer.schedule
     return ScaleSchedule(tuple(scales))
 
-  def _prepare(self, labels_B, key, guidance, top_k, top_p, smooth):
+  def _prepare(self, labels_B, key, *how):
     """Check the arguments of a draw; return the sampler's."""
-    labels_B = checks.labels(labels_B, self.config.transformer)
+    guidance, top_k, top_p, smooth, temperature, guided_scales = how
+    tokenizer, var = self.config
+    labels_B = checks.labels(labels_B, var)
     key = checks.key(key, labels_B.shape[0])
-    V = self.config.tokenizer.vocab_size
+    checks.fits(labels_B.shape[0], self.models, self.params)
     return dict(
       models=self.models,
       params=self.params,
       labels_B=self._spread(labels_B),
       keys_B=self._spread(sampler.image_keys(key, labels_B.shape[0])),
-      options=checks.options(guidance, top_k, top_p, V),
-      guided=guidance != 0,
+      options=checks.options(guidance, top_k, top_p, temperature, tokenizer),
+      guided=guidance != 0 and checks.guided_scales(guided_scales, var),
       smooth=smooth,
     )
 

@@ -2,12 +2,14 @@
 
 import math
 import numbers
+import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from var_jax.generation.sampler import Options
+from var_jax.generation import memory
+from var_jax.generation.step import ModelParams, Models, Options
 from var_jax.models.scales import ScaleSchedule
 from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.models.transformer import VARConfig
@@ -36,7 +38,9 @@ def labels(labels_B, cfg: VARConfig | None) -> jax.Array:
   return jnp.asarray(labels_B, jnp.int32)
 
 
-def options(guidance, top_k, top_p, vocab_size: int) -> Options:
+def options(
+  guidance, top_k, top_p, temperature, cfg: TokenizerConfig
+) -> Options:
   """Return the options as traced numbers."""
   for name, value in (
     ("guidance", guidance),
@@ -55,8 +59,68 @@ def options(guidance, top_k, top_p, vocab_size: int) -> Options:
     raise ValueError(f"top_k {top_k} is not a count; 0 turns it off.")
   if not 0.0 <= top_p <= 1.0:
     raise ValueError(f"top_p {top_p} is not in [0, 1]; 0 turns it off.")
-  top_k = min(int(top_k), vocab_size)
-  return Options(jnp.float32(guidance), jnp.int32(top_k), jnp.float32(top_p))
+  temperature_S = _array(temperature, "temperature")
+  S = len(cfg.schedule)
+  if temperature_S.shape not in ((), (S,)):
+    raise ValueError(
+      f"temperature has shape {temperature_S.shape}; give one number, or "
+      f"{S}, one a scale."
+    )
+  with np.errstate(over="ignore", under="ignore"):
+    temperature_S = np.broadcast_to(temperature_S.astype(np.float32), (S,))
+  wrong = temperature_S[~np.isfinite(temperature_S) | (temperature_S <= 0)]
+  if wrong.size:
+    raise ValueError(
+      f"temperature {wrong[0]} is not above 0 and finite in float32; 1 changes "
+      "nothing, top_k 1 is greedy."
+    )
+  return Options(
+    jnp.float32(guidance),
+    jnp.int32(min(int(top_k), cfg.vocab_size)),
+    jnp.float32(top_p),
+    jnp.asarray(temperature_S),
+  )
+
+
+def guided_scales(scales, cfg: VARConfig) -> tuple[int, int]:
+  """Return the first scale with guidance and the first after it."""
+  S = len(cfg.schedule)
+  if scales is None:
+    return 0, S
+  try:
+    first, stop = map(operator.index, scales)
+  except (TypeError, ValueError):
+    raise ValueError(
+      f"guided_scales {scales!r} are no two scales; give (first, stop) like "
+      f"(0, {S})."
+    ) from None
+  if not 0 <= first < stop <= S:
+    raise ValueError(
+      f"guided_scales ({first}, {stop}) are not within the {S} scales; use "
+      f"0 <= first < stop <= {S}, or guidance 0."
+    )
+  return first, stop
+
+
+def batch_size(size) -> None:
+  if not isinstance(size, int | np.integer) or size < 1:
+    raise ValueError(f"batch size {size!r} is no number of 1 or more; use 1.")
+
+
+def fits(batch: int, models: Models, params: ModelParams) -> None:
+  """Raise ValueError if so many images at once are too large for a device."""
+  available = memory.of_device()
+  if available is None:
+    return
+  rows = -(-batch // models.row_shards)
+  fixed, each = memory.of_parameters(params), memory.of_image(models)
+  if fixed + rows * each > available:
+    most = int((available - fixed) // each) * models.row_shards
+    raise ValueError(
+      f"{batch} images at once take about {(fixed + rows * each) / 2**30:.1f} "
+      f"GiB a device, of {available / 2**30:.1f}; draw at most {max(most, 0)} "
+      "at once."
+    )
 
 
 def key(key, batch: int) -> jax.Array:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from var_jax.commands import (
+  benching,
   caching,
   conversion,
   doctoring,
@@ -50,7 +51,15 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(
     dest="command", required=True, parser_class=Parser
   )
-  for module in (training, caching, drawing, conversion, doctoring, planning):
+  for module in (
+    training,
+    caching,
+    drawing,
+    conversion,
+    doctoring,
+    planning,
+    benching,
+  ):
     module.add(commands)
   return parser
 
@@ -58,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def _overrides(command: str, rest: list[str]) -> list[str]:
   """Return the --config.a.b=value arguments of commands that take them."""
   for argument in rest:
-    takes_them = command in ("train", "cache", "doctor", "plan")
+    takes_them = command in ("train", "cache", "doctor", "plan", "bench")
     if not takes_them or not argument.startswith("--config."):
       raise UsageError(
         f"argument {argument} is not known; see var-jax {command} --help."

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from var_jax import api, files, images
+from var_jax import files, images, loading
 from var_jax.data import pipeline, sources, transforms
 from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.models.transformer import VARConfig
@@ -50,7 +50,7 @@ def run(workdir: epath.PathLike) -> None:
   loop.train(tokenizer_config(), tokenizer_workdir)
   loop.train(var_config(str(tokenizer_workdir)), workdir)
   trained = time.monotonic()
-  model = api.load(workdir)
+  model = loading.load(workdir)
   train, held_out = (_all_of(split) for split in ("train", "val"))
   labels = np.repeat(np.arange(10), SAMPLES_A_CLASS)
   sample = model.sample(labels, jax.random.key(0), **SAMPLING)

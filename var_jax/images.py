@@ -2,7 +2,7 @@
 
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -100,3 +100,30 @@ def write_image(path: epath.PathLike, image_HW3: np.ndarray) -> None:
   buffer = io.BytesIO()
   Image.fromarray(image_HW3).save(buffer, format=format.upper())
   files.write_bytes(path, buffer.getvalue())
+
+
+def check_folder(path: epath.PathLike) -> None:
+  """Raise ValueError unless pictures can be written into folder `path`."""
+  folder = files.absolute(path, buckets=("gs", "s3"))
+  if files.in_bucket(folder):
+    return
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(
+      f"output {path} is there and no empty folder; name another."
+    )
+
+
+def write_numbered(
+  folder: epath.PathLike, batches: Iterable[np.ndarray], total: int
+) -> None:
+  """Write 000000.png and so on: each batch as it comes.
+
+  Args:
+    batches: uint8 [B, H, W, 3].
+    total: images of all batches; the names sort as the numbers do.
+  """
+  digits, i = max(6, len(str(total - 1))), 0
+  for batch_BHW3 in batches:
+    for image_HW3 in batch_BHW3:
+      write_image(epath.Path(folder) / f"{i:0{digits}}.png", image_HW3)
+      i += 1

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from var_jax import api, files
+from var_jax import api, files, loading
 from var_jax.checkpoints import checksums, model_card, tensor_files
 from var_jax.checkpoints.description import Description
 from var_jax.generation import sampler
@@ -39,10 +39,10 @@ def export(
   Args:
     output: a new folder.
     batch: rows of tokens, or labels, that the programs take.
-    weights: "ema" or "raw", as `api.load` has them.
+    weights: "ema" or "raw", as `loading.load` has them.
   """
   files.check_new(output)
-  model = api.load(checkpoint, dtype="float32", weights=weights)
+  model = loading.load(checkpoint, dtype="float32", weights=weights)
   arrays = flatten_dict(model.params._asdict(), sep="/")
   arrays = {k: v for k, v in arrays.items() if v is not None}
   like = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in arrays.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from var_jax.generation import logits as logits_lib
-from var_jax.generation import sampler
+from var_jax.generation import sampler, step
 from var_jax.generation.sampler import Options
 
 GREEDY = dict(top_k=1, top_p=0.0)
@@ -59,7 +59,7 @@ def follow(
     models, params, jnp.array(labels), True
   )
   raws, guideds, filtereds, f_hats, inputs = [], [], [], [], []
-  step = jax.jit(sampler.scale_step, static_argnums=(0, 1, 7))
+  take = jax.jit(step.scale_step, static_argnums=(0, 1, 7))
   var_step = jax.jit(
     functools.partial(models.var.apply, method="step"), static_argnums=1
   )
@@ -81,8 +81,8 @@ def follow(
     if tokens is not None:
       wins = 1e9 * jax.nn.one_hot(tokens[:, tokens_slice], raw.shape[2])
     mix = None if gumbel is None else gumbel[:, tokens_slice]
-    noise = sampler.Noise(wins, mix)
-    state, drawn, filtered = step(
+    noise = step.Noise(wins, mix)
+    state, drawn, filtered = take(
       models, s, params, state, modulation, options, noise, True, None
     )
     if tokens is not None:

@@ -16,7 +16,7 @@ from etils import epath
 
 from configs import tokenizer as tokenizer_presets
 from configs import var as var_presets
-from var_jax import api, cli, files, images
+from var_jax import cli, files, images, loading
 from var_jax.checkpoints import store, weights
 from var_jax.ledger.history import History
 from var_jax.training import loop, profiling, report, setup
@@ -182,7 +182,7 @@ def test_an_unfinished_step_in_a_bucket_is_no_checkpoint(trained):
     assert sorted(store.all_steps(there / "var")) == sorted(kept)
     assert weights.newest(there / "var").name == str(VAR_STEPS)
     with pytest.raises(ValueError, match="8 is no finished checkpoint; "):
-      api.load(left)
+      loading.load(left)
     store.Store(there / "var", keep=10).close()  # what a start tidies up
     assert not left.exists()
   finally:
@@ -196,7 +196,7 @@ def test_a_copied_tokenizer_counts_when_all_of_it_is_there(trained):
   content = mark.read_bytes()
   mark.unlink()
   with pytest.raises(ValueError, match="holds no finished checkpoint"):
-    api.load(trained[1] / "var")
+    loading.load(trained[1] / "var")
   mark.write_bytes(content)
   assert weights.newest(marked.parent.parent).name == "0"
 
@@ -233,4 +233,4 @@ def test_a_bucket_that_is_not_there_is_one_line(bucket):
   with pytest.raises(OSError, match="gs://none/3.png cannot be written"):
     images.write_image("gs://none/3.png", np.zeros((2, 2, 3), np.uint8))
   with pytest.raises(ValueError, match="gs://none/run/config.json does not ex"):
-    api.load("gs://none/run")
+    loading.load("gs://none/run")

@@ -53,6 +53,26 @@ def seed(text: str) -> int:
   return int(text)
 
 
+def temperature(text: str) -> float | list[float]:
+  try:
+    numbers = [float(number) for number in text.split(",")]
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is no number, nor a list of them like 1,1,0.9"
+    ) from None
+  return numbers if len(numbers) > 1 else numbers[0]
+
+
+def scale_range(text: str) -> tuple[int, int]:
+  try:
+    first, stop = (int(scale) for scale in text.split(":"))
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is not FIRST:STOP like 0:7"
+    ) from None
+  return first, stop
+
+
 def box(text: str) -> tuple[float, ...]:
   try:
     y0, x0, y1, x1 = (float(number) for number in text.split(","))

@@ -3,7 +3,15 @@
 import difflib
 from collections.abc import Sequence
 
-from var_jax.commands.arguments import UsageError, box, count, seed
+from var_jax.commands.arguments import (
+  UsageError,
+  box,
+  count,
+  positive,
+  scale_range,
+  seed,
+  temperature,
+)
 
 
 def add(commands) -> None:
@@ -16,7 +24,17 @@ def add(commands) -> None:
     help="3,7 or names of classes; unconditional is -1, as in --labels=-1,3",
   )
   sample.add_argument("--count", type=count, default=4, help="a label")
-  sample.add_argument("--output", required=True, help="a .png file")
+  sample.add_argument(
+    "--output",
+    required=True,
+    help="a .png file; or, with a / at its end, a folder for one file an image",
+  )
+  sample.add_argument(
+    "--batch-size",
+    type=positive,
+    default=64,
+    help="images drawn at once, at most; %(default)s",
+  )
   sample.add_argument(
     "--show-scales", action="store_true", help="each image after each scale"
   )
@@ -45,16 +63,33 @@ def _add_drawing(parser) -> None:
   parser.add_argument(
     "--smooth", action="store_true", help="mix codes instead of drawing them"
   )
+  parser.add_argument(
+    "--temperature",
+    type=temperature,
+    default=1.0,
+    help="that logits are divided by: one, or one a scale; 1",
+  )
+  parser.add_argument(
+    "--guided-scales",
+    type=scale_range,
+    help="A:B has guidance from scale A up to, not with, B only; all",
+  )
 
 
 def _sample(args) -> None:
   import jax
   import numpy as np
 
-  from var_jax import api, images
+  from var_jax import compile_cache, images, loading
+  from var_jax.parallel import mesh as mesh_lib
 
-  images.check_output(args.output)
-  model = api.load(args.checkpoint)
+  folder = args.output.endswith("/")
+  if folder and args.show_scales:
+    raise UsageError("--show-scales is one picture; name a .png file.")
+  (images.check_folder if folder else images.check_output)(args.output)
+  compile_cache.enable()
+  mesh = mesh_lib.make_mesh() if jax.device_count() > 1 else None
+  model = loading.load(args.checkpoint, mesh=mesh)
   asked = labels_of(args.labels, model.class_names)
   labels = np.repeat(asked, args.count)
   draw = (labels, jax.random.key(args.seed))
@@ -62,11 +97,18 @@ def _sample(args) -> None:
     previews = [p.preview_BHW3 for p in model.stream(*draw, **_drawing(args))]
     rows = images.to_uint8(np.stack(previews, axis=1))
     names = [str(label) for label in labels]
+    images.write_image(args.output, images.grid(rows, names))
   else:
-    pixels = images.to_uint8(model.sample(*draw, **_drawing(args)).images_BHW3)
-    rows = pixels.reshape(-1, args.count, *pixels.shape[1:])
-    names = [str(label) for label in asked]
-  images.write_image(args.output, images.grid(rows, names))
+    size = min(args.batch_size, len(labels))
+    batches = model.sample_all(*draw, size, **_drawing(args))
+    pixels = (images.to_uint8(batch.images_BHW3) for batch in batches)
+    if folder:
+      images.write_numbered(args.output, pixels, len(labels))
+    else:
+      rows = np.concatenate(list(pixels))
+      rows = rows.reshape(-1, args.count, *rows.shape[1:])
+      names = [str(label) for label in asked]
+      images.write_image(args.output, images.grid(rows, names))
   print(f"wrote {len(labels)} images to {args.output}")
 
 
@@ -97,11 +139,12 @@ def _edit(args) -> None:
   import jax
   import numpy as np
 
-  from var_jax import api, images
+  from var_jax import compile_cache, images, loading
   from var_jax.generation.edit import box_mask
 
   images.check_output(args.output)
-  model = api.load(args.checkpoint)
+  compile_cache.enable()
+  model = loading.load(args.checkpoint)
   image = images.read_image(args.image)
   keep_hw = box_mask(args.box, model.config.tokenizer.schedule.grid, args.mode)
   sample = model.edit(
@@ -122,4 +165,6 @@ def _drawing(args) -> dict:
     top_k=args.top_k,
     top_p=args.top_p,
     smooth=args.smooth,
+    temperature=args.temperature,
+    guided_scales=args.guided_scales,
   )

@@ -1,77 +1,20 @@
-"""Next-scale sampling: one jitted program a scale, state in and state out.
+"""Next-scale sampling: programs of the steps in `step.py`.
 
-    for s in scales:
-      logits = VAR(f_hat of the scales so far, at the size of s)
-      tokens = draw(guided, filtered logits)        all of scale s at once
-      f_hat += phi(bicubic(codebook[tokens]))
-
-The cache and f_hat are arrays that the caller sees, allocated once and donated
-from program to program. Offsets are static, so no mask is needed.
+The same functions run in two ways. `draw_scales` has one program a scale, for
+those who want to see each: cache and f_hat are arrays of the caller, allocated
+once and donated from program to program. `generate` has all scales and the
+decoder in one program.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from var_jax.generation import logits as logits_lib
-from var_jax.models.blocks import constrain
-from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.transformer import VAR, KVCache, Modulation
-
-Params = Any
-
-_IMAGE = ("batch", None, None, None)
-
-
-class Models(NamedTuple):
-  """The two networks, without parameters; static under jit."""
-
-  tokenizer: Tokenizer
-  var: VAR
-  # Entered around each program: on a mesh, what gives logical axes a meaning.
-  context: Callable[[], AbstractContextManager] = contextlib.nullcontext
-
-
-class ModelParams(NamedTuple):
-  tokenizer: Params
-  var: Params
-
-
-class Options(NamedTuple):
-  """How tokens are drawn. Traced: changing a number compiles nothing.
-
-  The defaults are the setting of the published FID.
-  """
-
-  guidance: jax.Array | float = 1.5
-  top_k: jax.Array | int = 900
-  top_p: jax.Array | float = 0.96
-
-
-class Given(NamedTuple):
-  """Tokens that an edit keeps, at one scale."""
-
-  tokens_Bl: jax.Array
-  keep_l: jax.Array  # bool
-
-
-class Noise(NamedTuple):
-  """Gumbel noise of one scale."""
-
-  draw_BlV: jax.Array
-  mix_BlV: jax.Array | None  # of the smooth mode; None where it is off
-
-
-class State(NamedTuple):
-  """What one scale hands to the next."""
-
-  cache: KVCache
-  f_hat_BhwZ: jax.Array
+from var_jax.generation import step
+from var_jax.generation.step import Given, ModelParams, Models, Options
 
 
 class Sample(NamedTuple):
@@ -103,7 +46,7 @@ def draw_scales(
   keys_B: jax.Array,
   options: Options,
   *,
-  guided: bool = True,
+  guided: bool | tuple[int, int] = True,
   smooth: bool = False,
   given: tuple[Given, ...] | None = None,
 ) -> Iterator[Drawn]:
@@ -112,18 +55,23 @@ def draw_scales(
   Args:
     labels_B: 0..C-1, or -1 for unconditional.
     keys_B: one key an image; nothing else about an image is random.
-    guided: False skips the unconditional half; the same as guidance 0.
+    guided: False skips the unconditional half; the same as guidance 0. (a, b):
+      guidance acts from scale a up to, not with, scale b; after those there is
+      no unconditional half.
     smooth: feed the next scale a mixture of codes instead of the drawn ones.
     given: a scale each, the tokens to keep in place of drawn ones.
   """
+  scales = guided_scales(models, guided)
   with models.context():
-    state, modulation = start_program(models, params, labels_B, guided)
+    state, modulation = start_program(models, params, labels_B, bool(scales))
   for s in range(len(models.var.cfg.schedule)):
     with models.context():
+      if s == scales.stop and scales:
+        state, modulation = conditional_program(state, modulation)
       state, tokens_Bl = scale_program(
         models,
         s,
-        guided,
+        s in scales,
         smooth,
         params,
         state,
@@ -141,12 +89,31 @@ def generate(
   labels_B: jax.Array,
   keys_B: jax.Array,
   options: Options,
-  **how,
+  *,
+  guided: bool | tuple[int, int] = True,
+  smooth: bool = False,
+  given: tuple[Given, ...] | None = None,
+  fused: bool | None = None,
 ) -> Sample:
-  """Return images of `labels_B`; arguments as `draw_scales`."""
+  """Return images of `labels_B`.
+
+  Args:
+    fused: one program for all, or one a scale and one for the decoder; None
+      leaves it to the platform. The rest is as in `draw_scales`.
+  """
+  how = dict(guided=guided, smooth=smooth)
+  if fused is None:
+    fused = jax.default_backend() != "cpu"
+  if fused:
+    with models.context():
+      return fused_program(
+        models, params, labels_B, keys_B, options, given, **how
+      )
   drawn = None
   tokens = []
-  for drawn in draw_scales(models, params, labels_B, keys_B, options, **how):
+  for drawn in draw_scales(
+    models, params, labels_B, keys_B, options, given=given, **how
+  ):
     tokens.append(drawn.tokens_Bl)
   images_BHW3 = decode(models, params, drawn.f_hat_BhwZ)
   return Sample(images_BHW3, jnp.concatenate(tokens, axis=1))
@@ -160,96 +127,46 @@ def decode(
     return decode_program(models, params, f_hat_BhwZ)
 
 
-@functools.partial(jax.jit, static_argnames="models")
-def decode_program(models, params, f_hat_BhwZ) -> jax.Array:
-  image_BHW3 = models.tokenizer.apply(
-    params.tokenizer, f_hat_BhwZ, method="to_image"
-  )
-  return constrain(jnp.clip(image_BHW3, -1.0, 1.0), _IMAGE)
+def guided_scales(models: Models, guided: bool | tuple[int, int]) -> range:
+  """Return the scales that guidance acts on; empty: there is none."""
+  if isinstance(guided, bool):
+    guided = (0, len(models.var.cfg.schedule) if guided else 0)
+  return range(*guided)
 
 
-@functools.partial(jax.jit, static_argnames=("models", "guided"))
-def start_program(models, params, labels_B, guided) -> tuple[State, Modulation]:
-  """Return the empty state, and the modulation table for all scales."""
-  cfg, B = models.var.cfg, labels_B.shape[0]
-  if guided:  # one batch of 2B rows, the unconditional half below
-    labels_B = jnp.concatenate([labels_B, jnp.full_like(labels_B, -1)])
-  modulation = models.var.apply(params.var, labels_B, method="modulate")
-  f_hat_BhwZ = jnp.zeros((B, *cfg.schedule.grid, cfg.latent_channels))
-  state = State(
-    KVCache.create(cfg, labels_B.shape[0]), constrain(f_hat_BhwZ, _IMAGE)
-  )
-  return state, modulation
+@functools.partial(jax.jit, static_argnames=("models", "guided", "smooth"))
+def fused_program(
+  models, params, labels_B, keys_B, options, given, *, guided, smooth
+) -> Sample:
+  """Draw all scales and decode them."""
+  scales = guided_scales(models, guided)
+  state, modulation = step.start(models, params, labels_B, bool(scales))
+  tokens = []
+  for s in range(len(models.var.cfg.schedule)):
+    if s == scales.stop and scales:
+      state, modulation = step.conditional_half(state, modulation)
+    state, tokens_Bl = step.draw_scale(
+      models,
+      s,
+      s in scales,
+      smooth,
+      params,
+      state,
+      modulation,
+      keys_B,
+      options,
+      given and given[s],
+    )
+    tokens.append(tokens_Bl)
+  images_BHW3 = step.to_images(models, params, state.f_hat_BhwZ)
+  return Sample(images_BHW3, jnp.concatenate(tokens, axis=1))
 
 
-@functools.partial(
-  jax.jit,
+decode_program = jax.jit(step.to_images, static_argnames="models")
+start_program = jax.jit(step.start, static_argnames=("models", "guided"))
+conditional_program = jax.jit(step.conditional_half)
+scale_program = jax.jit(
+  step.draw_scale,
   static_argnames=("models", "s", "guided", "smooth"),
   donate_argnames="state",
 )
-def scale_program(
-  models, s, guided, smooth, params, state, modulation, keys_B, options, given
-) -> tuple[State, jax.Array]:
-  """Draw the noise of scale s and take the step."""
-  scales = models.var.cfg.schedule
-  shape_lV = (scales.end(s) - scales.start(s), models.var.cfg.vocab_size)
-
-  def gumbel(use: int) -> jax.Array:
-    # An image's noise follows from its own key alone.
-    def of_image(key):
-      key = jax.random.fold_in(jax.random.fold_in(key, s), use)
-      return jax.random.gumbel(key, shape_lV)
-
-    return jax.vmap(of_image)(keys_B)
-
-  noise = Noise(gumbel(0), gumbel(1) if smooth else None)
-  state, tokens_Bl, _ = scale_step(
-    models, s, params, state, modulation, options, noise, guided, given
-  )
-  return state, tokens_Bl
-
-
-def scale_step(
-  models: Models,
-  s: int,
-  params: ModelParams,
-  state: State,
-  modulation: Modulation,
-  options: Options,
-  noise: Noise,
-  guided: bool,
-  given: Given | None,
-) -> tuple[State, jax.Array, jax.Array]:
-  """Return the state after scale s, its tokens [B, l], its filtered logits."""
-  ratio = models.var.cfg.schedule.ratio(s)
-  tokenizer = functools.partial(models.tokenizer.apply, params.tokenizer)
-
-  inputs_BlZ = tokenizer(state.f_hat_BhwZ, s, method="next_input")
-  if guided:
-    inputs_BlZ = jnp.concatenate([inputs_BlZ, inputs_BlZ])
-  logits_BlV, cache = models.var.apply(
-    params.var, s, inputs_BlZ, modulation, state.cache, method="step"
-  )
-  if guided:
-    # VAR: guidance grows with the scale; the coarsest one is not guided.
-    conditional_BlV, unconditional_BlV = jnp.split(logits_BlV, 2)
-    logits_BlV = logits_lib.guide(
-      conditional_BlV, unconditional_BlV, options.guidance * ratio
-    )
-  logits_BlV = logits_lib.keep_top_k(logits_BlV, options.top_k)
-  logits_BlV = logits_lib.keep_top_p(logits_BlV, options.top_p)
-  tokens_Bl = logits_lib.draw(logits_BlV, noise.draw_BlV)
-
-  if noise.mix_BlV is None:
-    h_BlZ = tokenizer(tokens_Bl, method="lookup")
-  else:
-    weights_BlV = logits_lib.smooth_weights(logits_BlV, noise.mix_BlV, ratio)
-    h_BlZ = tokenizer(weights_BlV, method="mix")
-  if given is not None:
-    tokens_Bl = jnp.where(given.keep_l, given.tokens_Bl, tokens_Bl)
-    kept_BlZ = tokenizer(given.tokens_Bl, method="lookup")
-    h_BlZ = jnp.where(given.keep_l[:, None], kept_BlZ, h_BlZ)
-
-  f_hat_BhwZ = tokenizer(state.f_hat_BhwZ, h_BlZ, s, method="add_scale")
-  state = State(cache, constrain(f_hat_BhwZ, _IMAGE))
-  return state, constrain(tokens_Bl, ("batch", "length")), logits_BlV

@@ -106,6 +106,24 @@ class VARConfig:
     return self.init_std / math.sqrt(2 * self.depth)
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("k_BLD", "v_BLD"),
+  meta_fields=("length",),
+)
+@dataclasses.dataclass(frozen=True)
+class Past:
+  """Keys and values of coarser scales: the first `length` tokens of both.
+
+  They are cut inside the loop over layers, where the cut is part of a copy that
+  attention makes anyhow.
+  """
+
+  k_BLD: jax.Array
+  v_BLD: jax.Array
+  length: int
+
+
 class LayerNoise(NamedTuple):
   """What makes one layer's pass random."""
 
@@ -119,7 +137,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x_BlD, past):
-    """Return ([B, l, D], (k_BlD, v_BlD)); `past` holds coarser scales' k, v."""
+    """Return ([B, l, D], (k_BlD, v_BlD)), seeing a `Past` if it is not None."""
     cfg = self.cfg
     B, l, D = x_BlD.shape
     q_BlD, k_BlD, v_BlD = QKV(cfg, name="mat_qkv")(x_BlD)
@@ -153,8 +171,9 @@ class Attention(nn.Module):
     else:
       # A scale sees itself and all that came before: nothing to mask.
       mask_ll = None
-      k_BTD = jnp.concatenate([past[0], k_BlD], axis=1)
-      v_BTD = jnp.concatenate([past[1], v_BlD], axis=1)
+      seen = slice(past.length)
+      k_BTD = jnp.concatenate([past.k_BLD[:, seen], k_BlD], axis=1)
+      v_BTD = jnp.concatenate([past.v_BLD[:, seen], v_BlD], axis=1)
     out_BlNK = self.attend(q_BlNK, split(k_BTD), split(v_BTD), mask_ll)
     out_BlD = constrain(out_BlNK.reshape(B, l, D), _HEADS)
     out_BlD = _dense(cfg, D, normal(cfg.residual_std), "proj")(out_BlD)

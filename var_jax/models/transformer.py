@@ -22,6 +22,7 @@ from var_jax.models.blocks import (
   AdaLinear,
   Block,
   LayerNoise,
+  Past,
   VARConfig,
   constrain,
   normal,
@@ -58,10 +59,12 @@ class VAR(nn.Module):
 
   Args:
     attend: the attention function, with the signature of `layers.attend`.
+    unroll: layers that one iteration of the loop over layers takes.
   """
 
   cfg: VARConfig
   attend: Callable = layers.attend
+  unroll: int = 1
 
   def setup(self):
     cfg = self.cfg
@@ -86,12 +89,12 @@ class VAR(nn.Module):
         "ada_gss", _shared_shift_init(gains), (cfg.depth, 6, D)
       )
     else:
-      self.ada = _over_layers(AdaLinear, cfg)(cfg, gains)
+      self.ada = over_layers(AdaLinear, cfg)(cfg, gains)
     block = Block
     if cfg.remat != "none":
       policy = REMAT_POLICIES[cfg.remat]
       block = nn.remat(Block, prevent_cse=False, policy=policy)
-    self.blocks = _over_layers(block, cfg)(cfg, self.attend)
+    self.blocks = over_layers(block, cfg, self.unroll)(cfg, self.attend)
 
   def __call__(
     self,
@@ -130,7 +133,7 @@ class VAR(nn.Module):
     start = self.cfg.schedule.start(s)
     x_BlD = self.word_emb(inputs_BlZ) if s else self.embed_start(modulation)
     x_BlD = self.add_position(x_BlD, start)
-    past = tuple(c_RBLD[:, :, :start] for c_RBLD in cache)
+    past = Past(*cache, length=start)
     x_BlD, (k_RBlD, v_RBlD) = self.run_blocks(x_BlD, modulation, past, None)
     scale = slice(start, start + x_BlD.shape[1])
     cache = KVCache(
@@ -176,13 +179,14 @@ class VAR(nn.Module):
     return self.head(layers.modulate(x_BlD, scale_B1D, shift_B1D))
 
 
-def _over_layers(module, cfg: VARConfig):
+def over_layers(module, cfg: VARConfig, unroll: int = 1):
   """Stack a module's parameters over R layers and scan it over them."""
   return nn.scan(
     module,
     variable_axes={"params": 0},
     split_rngs={"params": True},
     length=cfg.depth,
+    unroll=unroll,
   )
 
 

@@ -62,6 +62,17 @@ def choose(name: str, mesh: Mesh, scales: ScaleSchedule, dtype) -> Callable:
   return layers.attend
 
 
+def unmasked(platform: str | None, dtype) -> Callable:
+  """Return the function for sampling, where a scale sees all that came before.
+
+  Args:
+    platform: by default that of the first device.
+  """
+  on_gpu = (platform or jax.default_backend()) == "gpu"
+  half = jnp.dtype(dtype) == jnp.bfloat16
+  return cudnn if on_gpu and half else layers.attend
+
+
 def name_of(attend: Callable) -> str:
   """Return which of IMPLEMENTATIONS a function is, as `choose` returns it."""
   if isinstance(attend, Splash):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from var_jax.generation import sampler
+from var_jax.generation import sampler, step
 from var_jax.models import layers
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import VAR, Modulation
@@ -124,7 +124,7 @@ def sample_programs(
     params,
     rows(jnp.int32),
   )
-  state = sampler.State(
+  state = step.State(
     _placed(state.cache, mesh, ("layers", "batch", "length", "heads")),
     _placed(state.f_hat_BhwZ, mesh, ("batch", None, None, None)),
   )

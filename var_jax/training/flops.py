@@ -113,7 +113,7 @@ def var_seen(cfg: VARConfig, tokens: int) -> float:
   """
   scales = cfg.schedule
   ends = [scales.end(s) for s in range(len(scales)) if scales.end(s) <= tokens]
-  starts = [0, *ends[:-1]]
+  starts = [0, *ends][:-1]
   seen = sum((b - a) * b for a, b in zip(starts, ends, strict=True))
   return _var(cfg, tokens, seen)
 
