@@ -52,6 +52,7 @@ ALLOWED = {
     "checks",
     "compile_cache",
     "loading",
+    "models",
     "demo",
     "training",
     "generation",

@@ -40,13 +40,24 @@ def sorted_filter(row_V, k, p):
   return keep.sum(), ascending[keep].min()
 
 
+@pytest.fixture(params=["_by_bits", "_by_digits"])
+def search(request, monkeypatch):
+  """Search as on CPU, and as on accelerators."""
+  find = getattr(logits_lib, request.param)
+
+  def largest_bound(holds, batch_shape, bits=32):
+    return find(holds, bits, jnp.zeros((*batch_shape, 1), jnp.uint32))
+
+  monkeypatch.setattr(logits_lib, "_largest_bound", largest_bound)
+
+
 @pytest.mark.parametrize("k, p", [(0, 0.9), (20, 0.0), (20, 0.7), (3, 0.96)])
-def test_filters_equal_a_sort_on_rows_with_ties(k, p):
+def test_filters_equal_a_sort_on_ten_thousand_rows_with_ties(k, p, search):
   rng = np.random.default_rng(0)
   rows = np.concatenate(
     [
-      rng.normal(size=(200, 50)) * 3,
-      rng.integers(-3, 3, size=(200, 50)) + rng.normal(size=(200, 1)),
+      rng.normal(size=(1250, 50)) * 3,
+      rng.integers(-3, 3, size=(1250, 50)) + rng.normal(size=(1250, 1)),
     ]
   ).astype(np.float32)
   ours = np.asarray(filtered(rows[:, None], k, p))[:, 0]
@@ -54,6 +65,17 @@ def test_filters_equal_a_sort_on_rows_with_ties(k, p):
     count, smallest = sorted_filter(row, k, p)
     assert np.isfinite(kept).sum() == count
     assert kept[np.isfinite(kept)].min() == np.float32(smallest)
+
+
+@pytest.mark.parametrize("find", [logits_lib._by_bits, logits_lib._by_digits])
+@pytest.mark.parametrize("bits", [1, 4, 13, 31, 32])
+def test_a_bound_is_found_wherever_it_lies(find, bits):
+  rng = np.random.default_rng(bits)
+  bounds = [0, 2**bits - 1, *rng.integers(2**bits, size=200)]
+  bounds_B1 = jnp.array(bounds, jnp.uint32)[:, None]
+  zero = jnp.zeros_like(bounds_B1)
+  found = find(lambda bound: bound <= bounds_B1, bits, zero)
+  np.testing.assert_array_equal(found, bounds_B1)
 
 
 def test_zero_and_a_k_of_the_vocabulary_or_more_are_off():

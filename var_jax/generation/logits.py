@@ -135,12 +135,19 @@ def _by_digits(holds, bits: int, zero: jax.Array) -> jax.Array:
   """Find the bound by digits: fewest passes over the logits.
 
   An accelerator takes the comparisons of a digit in one pass, for XLA makes one
-  kernel of up to eight sums over the same array.
+  kernel of up to eight sums over the same array. The loop is not unrolled: on
+  an H100 that was 24.3 for 24.9 ms an image, and compiled for minutes.
   """
-  bound = zero
-  for shift in reversed(range(0, bits, DIGIT_BITS)):
+  passes = -(-bits // DIGIT_BITS)
+
+  def set_digit(i, bound):
+    shift = jnp.uint32(DIGIT_BITS) * (passes - 1 - i).astype(jnp.uint32)
     below = bound
-    for digit in range(1, 2 ** min(DIGIT_BITS, bits - shift)):
-      candidate = below | jnp.uint32(digit << shift)
-      bound = jnp.where(holds(candidate), candidate, bound)
-  return bound
+    for digit in range(1, 2**DIGIT_BITS):
+      candidate = below | jnp.uint32(digit) << shift
+      # The first digit may reach beyond 2^bits, and beyond 32 bits.
+      possible = jnp.uint32(digit) <= jnp.uint32(2**bits - 1) >> shift
+      bound = jnp.where(possible & holds(candidate), candidate, bound)
+    return bound
+
+  return jax.lax.fori_loop(0, passes, set_digit, zero)
