@@ -258,6 +258,12 @@ key = jax.random.key(0)
 ours, theirs = (m.sample([3, -1], key, top_k=50) for m in (alone, spread))
 assert len(theirs.images_BHW3.sharding.device_set) == 8
 np.testing.assert_array_equal(ours.tokens_BL, theirs.tokens_BL)
+fused = spread.sample([3, -1], key, top_k=50, fused=True)
+np.testing.assert_array_equal(ours.tokens_BL, fused.tokens_BL)
+np.testing.assert_allclose(fused.images_BHW3, ours.images_BHW3, atol=1e-4)
+queued = list(spread.sample_all([3, -1, 3], key, 2, top_k=50))
+np.testing.assert_array_equal(queued[0].tokens_BL, ours.tokens_BL)
+assert len(queued[1].tokens_BL) == 1
 np.testing.assert_array_equal(
   spread.encode(np.asarray(ours.images_BHW3)), alone.encode(ours.images_BHW3))
 np.testing.assert_allclose(
