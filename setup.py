@@ -45,11 +45,13 @@ setuptools.setup(
     "cuda": ["jax[cuda13]"],
     "torch": ["torch"],
     "app": ["gradio"],
+    "bench": ["matplotlib"],  # bench sample --plot
     "gs": ["gcsfs>=2024.6"],  # workdirs, checkpoints and pictures in gs://
     "s3": ["s3fs>=2024.6"],  # pictures in s3://
     "dev": [
       "gcp-storage-emulator",
       "gcsfs>=2024.6",
+      "matplotlib",
       "moto[server]>=5",
       "pytest>=8",
       "pytest-xdist",

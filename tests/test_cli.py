@@ -87,6 +87,23 @@ def test_sample_shows_every_scale_and_smooth_is_another_picture(
   assert np.any(pictures["sharp"] != pictures["smooth"])
 
 
+def test_sample_writes_a_file_an_image_whatever_the_batches(workdir, tmp_path):
+  drawn = []
+  for size in (2, 5):
+    folder = tmp_path / f"by{size}"
+    code = run(
+      "sample", "--checkpoint", workdir, "--labels=3,-1", "--count", 2,
+      "--batch-size", size, "--guided-scales", "1:3",
+      "--temperature", "1,1,0.9,0.8", "--output", f"{folder}/",
+    )  # fmt: skip
+    assert code == 0
+    files = sorted(folder.iterdir())
+    assert len(files) == 4
+    drawn.append([picture(file).astype(int) for file in files])
+  difference = np.abs(np.array(drawn[0]) - np.array(drawn[1]))
+  assert difference.max() <= 1  # rounding to 8 bits
+
+
 @pytest.mark.parametrize("mode", ["inpaint", "outpaint"])
 def test_edit_writes_an_image(workdir, tmp_path, mode):
   image = golden_files.arrays("vae_share4_znorm0.npz")["img_u8"][0]
@@ -146,6 +163,12 @@ SAMPLE = {"--labels": "3", "--count": "1", "--output": "out.png"}
     ({"--seed": str(2**70)}, 2, ["--seed", "2^32-1"]),
     ({"--checkpoint": "/nothing"}, 1, ["/nothing/config.json"]),
     ({"--wat": "1"}, 2, ["--wat"]),
+    ({"--temperature": "0"}, 1, ["temperature 0.0", "above 0"]),
+    ({"--temperature": "1,x"}, 2, ["--temperature", "'1,x'"]),
+    ({"--temperature": "1,1"}, 1, ["temperature", "4, one a scale"]),
+    ({"--guided-scales": "0:9"}, 1, ["(0, 9)", "4 scales"]),
+    ({"--guided-scales": "3"}, 2, ["'3'", "0:7"]),
+    ({"--batch-size": "0"}, 2, ["--batch-size", "'0'"]),
   ],
 )
 def test_bad_samples_are_one_line_and_leave_nothing(

@@ -23,7 +23,7 @@ def scales_of(n: int) -> tuple[int, ...]:
   """Return the scales of a grid: published ones, or those of 16 stretched."""
   if n in _OFFICIAL:
     return _OFFICIAL[n]
-  return tuple(sorted({max(1, round(k * n / 16)) for k in _OFFICIAL[16]}))
+  return tuple(sorted({1} | {max(1, round(k * n / 16)) for k in _OFFICIAL[16]}))
 
 
 def measure(

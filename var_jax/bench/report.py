@@ -12,6 +12,8 @@ from var_jax.bench.timing import GIB
 def print_samples(records: list[dict[str, Any]], title: str) -> None:
   """Print a table of whole batches, and one of their parts where there are."""
   console = Console()
+  # Rather lines that wrap than columns that are cut.
+  console.width = max(console.width, 110)
   table = Table(title=title)
   for column in (
     "batch", "program", "ms", "images/s", "steps",

@@ -140,7 +140,7 @@ def _record(models, batch, found, has: roofline.Peaks) -> dict[str, Any]:
     "share_of_bound": {
       name: seconds / found[name].median_s for name, seconds in least.items()
     },
-    "scales_bound_s": bound.scales,
+    "scales_bound_s": list(bound.scales),
   }
 
 
