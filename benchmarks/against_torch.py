@@ -150,7 +150,7 @@ def torch_step(tokenizer_cfg, cfg, images_BHW3, labels_B):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(var.parameters(), 2.0)
     optimizer.step()
-    return float(loss)
+    return loss.item()
 
   return take
 
