@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from var_jax import loading
 from var_jax.bench import raster, roofline, sampling, timing
 from var_jax.generation.step import Models
 from var_jax.models.scales import SCALES
@@ -38,7 +39,7 @@ def measure(
   for n in grids:
     var_cfg = dataclasses.replace(cfg, scales=scales_of(n))
     tokenizer = TokenizerConfig(scales=scales_of(n), dtype=cfg.dtype)
-    models = Models(Tokenizer(tokenizer), sampling.transformer(var_cfg))
+    models = Models(Tokenizer(tokenizer), loading.sampling_var(var_cfg))
     params = sampling.random_params(models)
     programs = {"var": dict(sampling.whole(models, params, 1))["transformer"]}
     flat = dataclasses.replace(cfg, scales=(n,))

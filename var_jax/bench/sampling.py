@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from var_jax import loading
 from var_jax.bench import raster, roofline, timing
 from var_jax.bench.timing import Program
 from var_jax.generation import logits as logits_lib
@@ -43,11 +42,6 @@ class Settings(NamedTuple):
   parts: bool = True
   stream: bool = True
   raster: tuple[str, ...] = ("cached",)
-
-
-def transformer(cfg: VARConfig) -> VAR:
-  """Return it with the attention that `load` gives it."""
-  return loading.sampling_var(cfg)
 
 
 def random_params(models: Models) -> ModelParams:

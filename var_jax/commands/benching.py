@@ -1,6 +1,7 @@
 """`var-jax bench sample` and `var-jax bench train`."""
 
 import argparse
+import importlib.util
 import json
 
 from var_jax.commands.arguments import UsageError, positive
@@ -109,6 +110,8 @@ def _sample(args) -> None:
     raise UsageError("bench sample takes no --config; see --help.")
   if args.plot and not args.growth:
     raise UsageError("--plot draws what --growth measures; give both.")
+  if args.plot and importlib.util.find_spec("matplotlib") is None:
+    raise UsageError("--plot needs matplotlib; pip install 'var-jax[bench]'.")
   if args.image_size not in SCALES:
     sizes = ", ".join(map(str, SCALES))
     raise UsageError(f"--image-size {args.image_size} is not one of {sizes}.")

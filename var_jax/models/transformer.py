@@ -59,12 +59,10 @@ class VAR(nn.Module):
 
   Args:
     attend: the attention function, with the signature of `layers.attend`.
-    unroll: layers that one iteration of the loop over layers takes.
   """
 
   cfg: VARConfig
   attend: Callable = layers.attend
-  unroll: int = 1
 
   def setup(self):
     cfg = self.cfg
@@ -94,7 +92,7 @@ class VAR(nn.Module):
     if cfg.remat != "none":
       policy = REMAT_POLICIES[cfg.remat]
       block = nn.remat(Block, prevent_cse=False, policy=policy)
-    self.blocks = over_layers(block, cfg, self.unroll)(cfg, self.attend)
+    self.blocks = over_layers(block, cfg)(cfg, self.attend)
 
   def __call__(
     self,
@@ -179,14 +177,13 @@ class VAR(nn.Module):
     return self.head(layers.modulate(x_BlD, scale_B1D, shift_B1D))
 
 
-def over_layers(module, cfg: VARConfig, unroll: int = 1):
+def over_layers(module, cfg: VARConfig):
   """Stack a module's parameters over R layers and scan it over them."""
   return nn.scan(
     module,
     variable_axes={"params": 0},
     split_rngs={"params": True},
     length=cfg.depth,
-    unroll=unroll,
   )
 
 
