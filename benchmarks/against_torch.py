@@ -5,9 +5,10 @@
 
 Random weights of the released sizes in float32 on CPU, all cores for both;
 compile time apart. `sample` takes the transformer with the decoder, as users
-call it; `train` takes a step from images, and one from cached tokens. The
-PyTorch side is eager: `torch_sampler.py`, and the reference of the tests under
-AdamW. Prints a JSON line: medians, all seconds, and ratios of ours to theirs.
+call it, and both alone; `train` takes a step from images, and one from cached
+tokens. The PyTorch side is eager: `torch_sampler.py`, and the reference of the
+tests under AdamW. Prints a JSON line: medians, all seconds, and ratios of ours
+to theirs, from cached tokens to theirs from images.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +32,7 @@ from var_jax import compile_cache, loading
 from var_jax.bench import sampling
 from var_jax.generation import sampler
 from var_jax.generation.sampler import Models
+from var_jax.models import cpu
 from var_jax.models.scales import SCALES
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.models.transformer import VAR, VARConfig
@@ -47,10 +51,9 @@ def main():
   torch.set_num_threads(os.cpu_count())
   cfg = VARConfig.official(args.depth, dtype="float32")
   tokenizer_cfg = TokenizerConfig(scales=SCALES[256])
-  calls = {"sample": samplers, "train": steps}[args.what](
-    tokenizer_cfg, cfg, args.batch
-  )
-  times = in_turns(calls, args.turns)
+  make = {"sample": samplers, "train": steps}[args.what]
+  asked = make(tokenizer_cfg, cfg, args.batch)
+  times = in_turns(asked.calls, args.turns)
   median = {name: statistics.median(values) for name, values in times.items()}
   record = {
     "what": args.what,
@@ -60,11 +63,19 @@ def main():
     "torch": torch.__version__,
     "median_s": median,
     "ratios": {
-      name: median[name] / median["torch"] for name in median if name != "torch"
+      name: median[f"ours, {name}"] / median[f"torch, {beside}"]
+      for name, beside in asked.ratios.items()
     },
     "all_s": times,
   }
   print(json.dumps(record))
+
+
+class Asked(NamedTuple):
+  """Calls by name, and for each of ours the name of theirs beside it."""
+
+  calls: dict[str, Callable[[], object]]
+  ratios: dict[str, str]
 
 
 def in_turns(calls, turns: int) -> dict[str, list[float]]:
@@ -80,7 +91,7 @@ def in_turns(calls, turns: int) -> dict[str, list[float]]:
   return times
 
 
-def samplers(tokenizer_cfg, cfg, batch: int):
+def samplers(tokenizer_cfg, cfg, batch: int) -> Asked:
   models = Models(
     Tokenizer(tokenizer_cfg),
     loading.sampling_var(cfg),
@@ -94,15 +105,31 @@ def samplers(tokenizer_cfg, cfg, batch: int):
   )
   theirs = torch_sampler.Sampler(tokenizer_cfg, cfg, "cpu", "float32")
 
-  def ours():
-    jax.block_until_ready(
-      sampler.generate(models, params, labels, keys_B, options)
-    )
+  f_hat_shape = (batch, *cfg.schedule.grid, cfg.latent_channels)
+  f_hat_BhwZ = jax.random.normal(jax.random.key(1), f_hat_shape)
+  f_hat_BZhw = torch.tensor(np.array(f_hat_BhwZ)).permute(0, 3, 1, 2)
+  labels_B = torch.tensor(labels)
 
-  return {"ours": ours, "torch": lambda: theirs.sample(torch.tensor(labels))}
+  def transformer():
+    drawn = sampler.draw_scales(models, params, labels, keys_B, options)
+    return [scale.tokens_Bl for scale in drawn]
+
+  ours = {
+    "image": lambda: sampler.generate(models, params, labels, keys_B, options),
+    "transformer": transformer,
+    "decoder": lambda: sampler.decode(models, params, f_hat_BhwZ),
+  }
+  calls = {
+    "torch, image": lambda: theirs.sample(labels_B),
+    "torch, transformer": lambda: theirs.sample(labels_B, decode=False),
+    "torch, decoder": lambda: theirs.decode(f_hat_BZhw.contiguous()),
+  }
+  for name, call in ours.items():
+    calls[f"ours, {name}"] = lambda call=call: jax.block_until_ready(call())
+  return Asked(calls, {name: name for name in ours})
 
 
-def steps(tokenizer_cfg, cfg, batch: int):
+def steps(tokenizer_cfg, cfg, batch: int) -> Asked:
   cfg = dataclasses.replace(cfg, drop_path=0.0)  # the reference has none
   batches = token_cache.synthetic(batch, tokenizer_cfg)
   images_BHW3, labels_B = (batches["images"][k] for k in ("image", "label"))
@@ -115,18 +142,21 @@ def steps(tokenizer_cfg, cfg, batch: int):
   step = var_step.make_step(
     var, tokenizer, optimizer, var_step.VARLossConfig(), ema_decay=0.0, seed=0
   )
-  step = jax.jit(step, donate_argnums=0)
+  step = jax.jit(
+    step, donate_argnums=0, compiler_options=cpu.compiler_options()
+  )
   params = var_step.init_params(var, key)
   held = [TrainState.create(params, optimizer, use_ema=False)]
 
   def take(name):
     held[0], _ = jax.block_until_ready(step(held[0], frozen, batches[name]))
 
-  return {
-    "ours": lambda: take("images"),
-    "ours, cached tokens": lambda: take("tokens"),
-    "torch": torch_step(tokenizer_cfg, cfg, images_BHW3, labels_B),
+  calls = {
+    "ours, images": lambda: take("images"),
+    "ours, tokens": lambda: take("tokens"),
+    "torch, images": torch_step(tokenizer_cfg, cfg, images_BHW3, labels_B),
   }
+  return Asked(calls, {"images": "images", "tokens": "images"})
 
 
 def torch_step(tokenizer_cfg, cfg, images_BHW3, labels_B):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from var_jax import VAR, Tokenizer, TokenizerConfig, VARConfig
+from var_jax.models import cpu
 from var_jax.models.layers import resolve_dtype
 from var_jax.training import optim, tokenizer_step, var_step
 from var_jax.training.state import TrainState
@@ -65,7 +66,9 @@ def measure(
   step = var_step.make_step(
     var, tokenizer, optimizer, var_step.VARLossConfig(), ema_decay=0.0, seed=0
   )
-  step = jax.jit(step, donate_argnums=0)
+  step = jax.jit(
+    step, donate_argnums=0, compiler_options=cpu.compiler_options()
+  )
 
   params = var_step.init_params(var, jax.random.key(0, impl="rbg"))
   state = TrainState.create(params, optimizer, use_ema=False)

@@ -11,6 +11,7 @@ from var_jax import checks
 from var_jax.generation import edit as edit_lib
 from var_jax.generation import sampler
 from var_jax.generation.sampler import ModelParams, Models, Sample
+from var_jax.models import cpu
 from var_jax.models.scales import ScaleSchedule, Size
 from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.models.transformer import VARConfig
@@ -75,7 +76,10 @@ class Model:
     images_BHW3 = checks.images(images_BHW3, schedule, self.config.tokenizer)
     return self._on_rows(
       functools.partial(
-        _encode, self.models.tokenizer, schedule, self.params.tokenizer
+        cpu.jit(_encode, (0, 1)),
+        self.models.tokenizer,
+        schedule,
+        self.params.tokenizer,
       ),
       images_BHW3,
     )
@@ -88,7 +92,10 @@ class Model:
     tokens_BL = checks.tokens(tokens_BL, schedule, self.config.tokenizer)
     return self._on_rows(
       functools.partial(
-        _decode, self.models.tokenizer, schedule, self.params.tokenizer
+        cpu.jit(_decode, (0, 1)),
+        self.models.tokenizer,
+        schedule,
+        self.params.tokenizer,
       ),
       tokens_BL,
     )
@@ -280,12 +287,10 @@ class Model:
     return jax.tree.map(lambda x: mesh_lib.cut(self.mesh, x, rows), tree)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _encode(tokenizer, schedule, params, images_BHW3):
   return tokenizer.apply(params, images_BHW3, schedule, method="encode")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _decode(tokenizer, schedule, params, tokens_BL):
   return tokenizer.apply(params, tokens_BL, schedule, method="decode")
 

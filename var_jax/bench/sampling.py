@@ -21,7 +21,7 @@ from var_jax.bench.timing import Program
 from var_jax.generation import logits as logits_lib
 from var_jax.generation import sampler, step
 from var_jax.generation.sampler import ModelParams, Models, Options
-from var_jax.models import layers
+from var_jax.models import cpu, layers
 from var_jax.models.transformer import VAR, KVCache, VARConfig
 from var_jax.parallel import rules
 from var_jax.training import flops, tokenizer_step, var_step
@@ -175,6 +175,7 @@ def whole(models, params, batch) -> Iterator[tuple[str, Program]]:
     Program(
       functools.partial(step.to_images, models),
       lambda: (params, _normal(_f_hat_shape(models, batch))),
+      compiler_options=cpu.compiler_options(),
     ),
   )
 

@@ -20,11 +20,13 @@ class Program(NamedTuple):
     make_args: returns them; they live as long as the program is timed.
     carries: the first argument is donated, and comes back as the first result
       for the next call.
+    compiler_options: of jax.jit.
   """
 
   function: Callable[..., Any]
   make_args: Callable[[], tuple]
   carries: bool = False
+  compiler_options: dict[str, Any] | None = None
 
 
 class Measured(NamedTuple):
@@ -52,7 +54,9 @@ def measure(
   def build(program: Program):
     begin = time.perf_counter()
     jitted = jax.jit(
-      program.function, donate_argnums=(0,) if program.carries else ()
+      program.function,
+      donate_argnums=(0,) if program.carries else (),
+      compiler_options=program.compiler_options,
     )
     compiled = jitted.lower(*jax.eval_shape(program.make_args)).compile()
     return compiled, time.perf_counter() - begin

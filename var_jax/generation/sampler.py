@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from var_jax.generation import step
 from var_jax.generation.step import Given, ModelParams, Models, Options
+from var_jax.models import cpu
 
 
 class Sample(NamedTuple):
@@ -124,7 +125,7 @@ def decode(
 ) -> jax.Array:
   """Return the image of f_hat, clipped to [-1, 1]."""
   with models.context():
-    return decode_program(models, params, f_hat_BhwZ)
+    return decode_program()(models, params, f_hat_BhwZ)
 
 
 def guided_scales(models: Models, guided: bool | tuple[int, int]) -> range:
@@ -162,7 +163,11 @@ def fused_program(
   return Sample(images_BHW3, jnp.concatenate(tokens, axis=1))
 
 
-decode_program = jax.jit(step.to_images, static_argnames="models")
+def decode_program(platform: str | None = None):
+  """Return the program of `step.to_images`, as `cpu.jit` makes it."""
+  return cpu.jit(step.to_images, 0, platform)
+
+
 start_program = jax.jit(step.start, static_argnames=("models", "guided"))
 conditional_program = jax.jit(step.conditional_half)
 scale_program = jax.jit(

@@ -12,7 +12,36 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from var_jax.models import layers
+from var_jax.models import cpu, layers
+
+
+class GroupNorm(nn.Module):
+  """Normalise groups of channels over all positions, in float32."""
+
+  groups: int
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x_BhwZ: jax.Array) -> jax.Array:
+    Z = x_BhwZ.shape[-1]
+    scale_Z = self.param("scale", nn.initializers.ones, (Z,))
+    bias_Z = self.param("bias", nn.initializers.zeros, (Z,))
+    # E[x^2] - E[x]^2 would cancel.
+    centred_BhwZ = x_BhwZ.astype(jnp.float32)
+    centred_BhwZ -= self._mean(centred_BhwZ)
+    variance_B11Z = self._mean(jnp.square(centred_BhwZ))
+    factor_B11Z = scale_Z * jax.lax.rsqrt(variance_B11Z + self.epsilon)
+    return centred_BhwZ * factor_B11Z + bias_Z
+
+  def _mean(self, x_BhwZ: jax.Array) -> jax.Array:
+    """Return the mean of each channel's group, [B, 1, 1, Z]."""
+    B, h, w, Z = x_BhwZ.shape
+    sum_BZ = cpu.sum_positions(x_BhwZ.reshape(B, h * w, Z))
+    sum_BG = sum_BZ.reshape(B, self.groups, -1).sum(-1)
+    mean_BZ = jnp.repeat(
+      sum_BG / (h * w * Z // self.groups), Z // self.groups, 1
+    )
+    return mean_BZ[:, None, None]
 
 
 class ConvKit(nn.Module):
@@ -28,20 +57,14 @@ class ConvKit(nn.Module):
       (kernel, kernel),
       dtype=self.dtype,
       precision=layers.matmul_precision(self.dtype),
+      conv_general_dilated=cpu.convolve,
       name=name,
       **kwargs,
     )
 
   def norm(self, x_BhwZ: jax.Array, name: str) -> jax.Array:
     """Normalise groups of channels, float32 inside, `dtype` outside."""
-    # use_fast_variance=False: E[x^2] - E[x]^2 cancels in float32.
-    norm = nn.GroupNorm(
-      num_groups=self.norm_groups,
-      epsilon=1e-6,
-      dtype=jnp.float32,
-      use_fast_variance=False,
-      name=name,
-    )
+    norm = GroupNorm(self.norm_groups, name=name)
     return norm(x_BhwZ).astype(self.dtype)
 
   @property

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from var_jax.models import cpu
 from var_jax.parallel import mesh as mesh_lib
 
 # First match wins. The pattern is of the path below "params", or of another
@@ -178,6 +179,9 @@ class Jit:
   """`jax.jit` whose function is traced, and runs, on a mesh."""
 
   def __init__(self, mesh: Mesh, function: Callable, **options):
+    options["compiler_options"] = cpu.compiler_options(
+      mesh.devices.flat[0].platform
+    )
     self._on, self._jitted = Context(mesh), jax.jit(function, **options)
 
   def __call__(self, *args):

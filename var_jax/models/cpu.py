@@ -1,0 +1,173 @@
+"""Two operations that XLA compiles badly for CPUs, and a better way there.
+
+On other platforms, and wherever a derivative is taken, they are the plain
+operations: nothing here is in a program for TPU or GPU, nor in the gradient of
+one for CPU. `compiler_options` is for whole programs.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# F(4x4, 3x3) of "Fast Algorithms for Convolutional Neural Networks"
+# (1509.09308, 4.3): 4x4 outputs of 6x6 inputs, 36 products in place of 144. It
+# rounds more: of values near one, 1.5e-5 in place of 1e-6.
+_INPUT = np.array(
+  [
+    [4, 0, -5, 0, 1, 0],
+    [0, -4, -4, 1, 1, 0],
+    [0, 4, -4, -1, 1, 0],
+    [0, -2, -1, 2, 1, 0],
+    [0, 2, -1, -2, 1, 0],
+    [0, 4, 0, -5, 0, 1],
+  ]
+)
+_KERNEL = np.array(
+  [
+    [1 / 4, 0, 0],
+    [-1 / 6, -1 / 6, -1 / 6],
+    [-1 / 6, 1 / 6, -1 / 6],
+    [1 / 24, 1 / 12, 1 / 6],
+    [1 / 24, -1 / 12, 1 / 6],
+    [0, 0, 1],
+  ]
+)
+_OUTPUT = np.array(
+  [
+    [1, 1, 1, 1, 1, 0],
+    [0, 1, -1, 2, -2, 0],
+    [0, 1, 1, 4, 4, 0],
+    [0, 1, -1, 8, -8, 1],
+  ]
+)
+_TILE = 4  # pixels of a side
+_TILES = 512  # at once: what they take stays near the cores
+_MIN_SIDE, _MIN_CHANNELS = 64, 128  # below, the plain convolution is faster
+
+
+def compiler_options(platform: str | None = None) -> dict[str, Any] | None:
+  """Return what jax.jit takes for a program that decodes, encodes or trains.
+
+  XLA's newer kernels for CPUs make these slower, and drawing faster.
+
+  Args:
+    platform: by default that of the first device.
+  """
+  platform = platform or jax.default_backend()
+  return (
+    {"xla_cpu_experimental_ynn_fusion_type": ""} if platform == "cpu" else None
+  )
+
+
+@functools.cache
+def jit(
+  function: Callable,
+  static_argnums: int | tuple[int, ...],
+  platform: str | None = None,
+):
+  """Return jax.jit of a function that decodes or encodes.
+
+  Args:
+    platform: by default that of the first device.
+  """
+  return jax.jit(
+    function,
+    static_argnums=static_argnums,
+    compiler_options=compiler_options(platform),
+  )
+
+
+def convolve(
+  x_BhwZ: jax.Array,
+  kernel_ijZF: jax.Array,
+  window_strides: Sequence[int],
+  padding: Sequence[tuple[int, int]],
+  **how,
+) -> jax.Array:
+  """Return lax.conv_general_dilated of the same arguments."""
+
+  def plain(x_BhwZ, kernel_ijZF):
+    return jax.lax.conv_general_dilated(
+      x_BhwZ, kernel_ijZF, window_strides, padding, **how
+    )
+
+  dilations = (how.get("lhs_dilation"), how.get("rhs_dilation"))
+  if (
+    kernel_ijZF.shape[:2] != (3, 3)
+    or tuple(window_strides) != (1, 1)
+    or [tuple(pad) for pad in padding] != [(1, 1), (1, 1)]
+    or any(d != 1 for dilation in dilations for d in dilation or ())
+    or how.get("feature_group_count", 1) != 1
+    or x_BhwZ.dtype != jnp.float32
+    or min(x_BhwZ.shape[1:3]) < _MIN_SIDE
+    or any(side % _TILE for side in x_BhwZ.shape[1:3])
+    or min(kernel_ijZF.shape[2:]) < _MIN_CHANNELS
+  ):
+    return plain(x_BhwZ, kernel_ijZF)
+  return _on_cpu(_winograd, plain)(x_BhwZ, kernel_ijZF)
+
+
+def sum_positions(x_BTZ: jax.Array) -> jax.Array:
+  """Return the sum over T, [B, Z]."""
+
+  def product(x_BTZ):
+    ones_T = jnp.ones(x_BTZ.shape[1], x_BTZ.dtype)
+    return jnp.einsum("t,btz->bz", ones_T, x_BTZ)
+
+  return _on_cpu(product, lambda x_BTZ: jnp.sum(x_BTZ, axis=1))(x_BTZ)
+
+
+def _on_cpu(fast, plain):
+  """Return a function that is `fast` on CPUs and else, and to AD, `plain`."""
+
+  @jax.custom_jvp
+  def function(*args):
+    return jax.lax.platform_dependent(*args, cpu=fast, default=plain)
+
+  @function.defjvp
+  def derivative(primals, tangents):
+    return jax.jvp(plain, primals, tangents)
+
+  return function
+
+
+def _winograd(x_BhwZ: jax.Array, kernel_ijZF: jax.Array) -> jax.Array:
+  """Return the 3x3 convolution of stride 1, padded by 1, in float32."""
+  B, h, w, Z = x_BhwZ.shape
+  F = kernel_ijZF.shape[-1]
+  down, across = h // _TILE, w // _TILE
+  rows = max(
+    r
+    for r in range(1, down + 1)
+    if not down % r and (r == 1 or B * r * across <= _TILES)
+  )  # of tiles, at once
+  high, wide = _TILE * rows, _TILE * across
+  kernel_EZF = _transform(_KERNEL, kernel_ijZF).reshape(-1, Z, F)
+  # Two pixels of the last tile's window are its own and one is padding; the
+  # slices below ask for three.
+  x_BhwZ = jnp.pad(x_BhwZ, ((0, 0), (1, 3), (1, 3), (0, 0)))
+  places = [(i, j) for i in range(6) for j in range(6)]
+
+  def strip(n):
+    x_BrwZ = jax.lax.dynamic_slice_in_dim(x_BhwZ, n * high, high + _TILE, 1)
+    window_EBrtZ = jnp.stack(
+      [x_BrwZ[:, i : i + high : _TILE, j : j + wide : _TILE] for i, j in places]
+    )
+    window_EnZ = _transform(_INPUT, window_EBrtZ).reshape(36, -1, Z)
+    product_EnF = jnp.einsum("enz,ezf->enf", window_EnZ, kernel_EZF)
+    out_E = _transform(_OUTPUT, product_EnF)
+    out_ijBrtF = out_E.reshape(_TILE, _TILE, B, rows, across, F)
+    return out_ijBrtF.transpose(2, 3, 0, 4, 1, 5).reshape(B, high, w, F)
+
+  strips_SBhwF = jax.lax.map(strip, jnp.arange(down // rows))
+  return strips_SBhwF.swapaxes(0, 1).reshape(B, h, w, F)
+
+
+def _transform(matrix: np.ndarray, x: jax.Array) -> jax.Array:
+  """Apply a matrix to both sides of squares, which lead and may be flat."""
+  both = jnp.asarray(np.kron(matrix, matrix), jnp.float32)
+  return both @ x.reshape(both.shape[1], -1)
