@@ -51,7 +51,7 @@ def run(workdir: epath.PathLike) -> None:
   loop.train(var_config(str(tokenizer_workdir)), workdir)
   trained = time.monotonic()
   model = loading.load(workdir)
-  train, held_out = (_all_of(split) for split in ("train", "val"))
+  train, held_out = (all_of(split) for split in ("train", "val"))
   labels = np.repeat(np.arange(10), SAMPLES_A_CLASS)
   sample = model.sample(labels, jax.random.key(0), **SAMPLING)
   metrics = judge(model, train, held_out, labels, sample)
@@ -163,7 +163,8 @@ def _write(path, rows, names) -> None:
   images.write_image(path, images.grid(enlarged, names))
 
 
-def _all_of(split: str) -> tuple[np.ndarray, np.ndarray]:
+def all_of(split: str) -> tuple[np.ndarray, np.ndarray]:
+  """Return the uint8 images [B, 32, 32, 3] and labels of a split."""
   source = sources.open_source("digits", split)
   transform = transforms.make_transform(
     "resize", (32, 32), train=False, flip=False

@@ -18,7 +18,7 @@ from var_jax.generation import logits as logits_lib
 from var_jax.generation.step import Options
 from var_jax.models import layers
 from var_jax.models.blocks import AdaLinear, Block, Past, VARConfig, normal
-from var_jax.models.transformer import KVCache, over_layers
+from var_jax.models.transformer import KVCache, layer_noise, over_layers
 from var_jax.training import flops
 
 
@@ -59,13 +59,23 @@ class Raster(nn.Module):
     self.ada = over_layers(AdaLinear, cfg)(cfg, gains)
     self.blocks = over_layers(Block, cfg)(cfg, _causal)
 
-  def __call__(self, labels_B: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-    """Return teacher-forced logits [B, L, V]; the last token is not read."""
+  def __call__(
+    self,
+    labels_B: jax.Array,
+    tokens_BL: jax.Array,
+    key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Return teacher-forced logits [B, L, V]; the last token is not read.
+
+    Args:
+      key: randomness of dropout and stochastic depth; None turns both off.
+    """
     cond_BD, blocks_RB6D, head_B2D = self.modulate(labels_B)
     x_BLD = jnp.concatenate(
       [cond_BD[:, None], self.token_emb[tokens_BL[:, :-1]]], axis=1
     )
-    x_BLD, _ = self.blocks(x_BLD + self.pos, blocks_RB6D, None, None)
+    noise = layer_noise(self.cfg, key)
+    x_BLD, _ = self.blocks(x_BLD + self.pos, blocks_RB6D, None, noise)
     return self.to_logits(x_BLD, head_B2D)
 
   def modulate(self, labels_B: jax.Array):
@@ -101,9 +111,12 @@ def loss(
   key: jax.Array,
   label_dropout: float = 0.1,
 ) -> jax.Array:
-  """Return the mean cross entropy, some labels dropped."""
-  drop_B = jax.random.bernoulli(key, label_dropout, labels_B.shape)
-  logits_BLV = model.apply(params, jnp.where(drop_B, -1, labels_B), tokens_BL)
+  """Return the mean cross entropy, some labels and parts of layers dropped."""
+  label_key, network_key = jax.random.split(key)
+  drop_B = jax.random.bernoulli(label_key, label_dropout, labels_B.shape)
+  logits_BLV = model.apply(
+    params, jnp.where(drop_B, -1, labels_B), tokens_BL, network_key
+  )
   log_probs_BLV = jax.nn.log_softmax(logits_BLV)
   chosen_BL1 = jnp.take_along_axis(log_probs_BLV, tokens_BL[..., None], axis=-1)
   return -jnp.mean(chosen_BL1)

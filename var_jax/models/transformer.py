@@ -162,12 +162,7 @@ class VAR(nn.Module):
     return x_BlD + (self.lvl_emb[level_l] + self.pos[tokens])
 
   def run_blocks(self, x_BlD, modulation, past, key):
-    noise = None
-    if key is not None:
-      noise = LayerNoise(
-        jnp.linspace(0.0, self.cfg.drop_path, self.cfg.depth),
-        jax.random.split(key, self.cfg.depth),
-      )
+    noise = layer_noise(self.cfg, key)
     x_BlD = constrain(x_BlD, STREAM)
     return self.blocks(x_BlD, modulation.blocks_RB6D, past, noise)
 
@@ -175,6 +170,16 @@ class VAR(nn.Module):
     scale_B1D, shift_B1D = jnp.split(modulation.head_B2D, 2, axis=1)
     x_BlD = layers.layer_norm(x_BlD, self.cfg.norm_eps)
     return self.head(layers.modulate(x_BlD, scale_B1D, shift_B1D))
+
+
+def layer_noise(cfg: VARConfig, key: jax.Array | None) -> LayerNoise | None:
+  """Return what makes the layers random, stacked over them."""
+  if key is None:
+    return None
+  return LayerNoise(
+    jnp.linspace(0.0, cfg.drop_path, cfg.depth),
+    jax.random.split(key, cfg.depth),
+  )
 
 
 def over_layers(module, cfg: VARConfig):
