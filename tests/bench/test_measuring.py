@@ -146,6 +146,8 @@ def test_the_command_times_grids_draws_a_plot_and_writes_all_numbers(
     (["--image-size", "300"], 2, "300 is not one of 256, 512"),
     (["--plot", "a.png"], 2, "give both"),
     (["--growth", "8"], 2, "two sides or more"),
+    (["--growth", "2,4", "--plot", "a.gif"], 2, "no .png or .svg"),
+    (["--growth", "2,4", "--plot", "no/a.png"], 2, "in a folder that exists"),
     (["--raster", "free", "wat"], 2, "'wat'"),
     (["--depth", "0"], 2, "'0'"),
   ],

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import pathlib
 
 from var_jax.commands.arguments import UsageError, positive
 
@@ -112,6 +113,12 @@ def _sample(args) -> None:
     raise UsageError("--plot draws what --growth measures; give both.")
   if args.plot and importlib.util.find_spec("matplotlib") is None:
     raise UsageError("--plot needs matplotlib; pip install 'var-jax[bench]'.")
+  if args.plot:
+    plot = pathlib.Path(args.plot)
+    if plot.suffix not in (".png", ".svg") or not plot.parent.is_dir():
+      raise UsageError(
+        f"--plot {plot} is no .png or .svg in a folder that exists."
+      )
   if args.image_size not in SCALES:
     sizes = ", ".join(map(str, SCALES))
     raise UsageError(f"--image-size {args.image_size} is not one of {sizes}.")

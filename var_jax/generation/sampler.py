@@ -62,25 +62,27 @@ def draw_scales(
     smooth: feed the next scale a mixture of codes instead of the drawn ones.
     given: a scale each, the tokens to keep in place of drawn ones.
   """
-  scales = guided_scales(models, guided)
-  with models.context():
-    state, modulation = start_program(models, params, labels_B, bool(scales))
-  for s in range(len(models.var.cfg.schedule)):
-    with models.context():
-      if s == scales.stop and scales:
-        state, modulation = conditional_program(state, modulation)
-      state, tokens_Bl = scale_program(
-        models,
-        s,
-        s in scales,
-        smooth,
-        params,
-        state,
-        modulation,
-        keys_B,
-        options,
-        given and given[s],
-      )
+
+  def on_mesh(program):
+    # Not around the loop: between two scales the caller's context holds.
+    def run(*args):
+      with models.context():
+        return program(*args)
+
+    return run
+
+  scales = _each_scale(
+    *map(on_mesh, (start_program, conditional_program, scale_program)),
+    models,
+    params,
+    labels_B,
+    keys_B,
+    options,
+    given,
+    guided,
+    smooth,
+  )
+  for s, (state, tokens_Bl) in enumerate(scales):
     yield Drawn(s, tokens_Bl, state.f_hat_BhwZ)
 
 
@@ -128,6 +130,40 @@ def decode(
     return decode_program()(models, params, f_hat_BhwZ)
 
 
+def _each_scale(
+  start,
+  conditional_half,
+  draw_scale,
+  models,
+  params,
+  labels_B,
+  keys_B,
+  options,
+  given,
+  guided,
+  smooth,
+) -> Iterator[tuple[step.State, jax.Array]]:
+  """Yield (state, tokens) after each scale; the first three are of `step`."""
+  scales = guided_scales(models, guided)
+  state, modulation = start(models, params, labels_B, bool(scales))
+  for s in range(len(models.var.cfg.schedule)):
+    if s == scales.stop and scales:
+      state, modulation = conditional_half(state, modulation)
+    state, tokens_Bl = draw_scale(
+      models,
+      s,
+      s in scales,
+      smooth,
+      params,
+      state,
+      modulation,
+      keys_B,
+      options,
+      given and given[s],
+    )
+    yield state, tokens_Bl
+
+
 def guided_scales(models: Models, guided: bool | tuple[int, int]) -> range:
   """Return the scales that guidance acts on; empty: there is none."""
   if isinstance(guided, bool):
@@ -140,25 +176,22 @@ def fused_program(
   models, params, labels_B, keys_B, options, given, *, guided, smooth
 ) -> Sample:
   """Draw all scales and decode them."""
-  scales = guided_scales(models, guided)
-  state, modulation = step.start(models, params, labels_B, bool(scales))
-  tokens = []
-  for s in range(len(models.var.cfg.schedule)):
-    if s == scales.stop and scales:
-      state, modulation = step.conditional_half(state, modulation)
-    state, tokens_Bl = step.draw_scale(
+  drawn = list(
+    _each_scale(
+      step.start,
+      step.conditional_half,
+      step.draw_scale,
       models,
-      s,
-      s in scales,
-      smooth,
       params,
-      state,
-      modulation,
+      labels_B,
       keys_B,
       options,
-      given and given[s],
+      given,
+      guided,
+      smooth,
     )
-    tokens.append(tokens_Bl)
+  )
+  state, tokens = drawn[-1][0], [tokens_Bl for _, tokens_Bl in drawn]
   images_BHW3 = step.to_images(models, params, state.f_hat_BhwZ)
   return Sample(images_BHW3, jnp.concatenate(tokens, axis=1))
 

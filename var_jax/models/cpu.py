@@ -15,7 +15,7 @@ import numpy as np
 
 # F(4x4, 3x3) of "Fast Algorithms for Convolutional Neural Networks"
 # (1509.09308, 4.3): 4x4 outputs of 6x6 inputs, 36 products in place of 144. It
-# rounds more: of values near one, 1.5e-5 in place of 1e-6.
+# rounds more: up to 1.5e-5 of the largest value, in place of 8e-7.
 _INPUT = np.array(
   [
     [4, 0, -5, 0, 1, 0],
