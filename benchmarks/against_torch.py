@@ -4,29 +4,27 @@
     python benchmarks/against_torch.py train --depth 8 --batch 4 --turns 3
 
 Random weights of the released sizes in float32 on CPU, all cores for both;
-compile time apart. `sample` takes the transformer with the decoder, as users
-call it, and both alone; `train` takes a step from images, and one from cached
-tokens. The PyTorch side is eager: `torch_sampler.py`, and the reference of the
-tests under AdamW. Prints a JSON line: medians, all seconds, and ratios of ours
-to theirs, from cached tokens to theirs from images.
+compile time apart. Each side has a process of its own, which waits while the
+other works. `sample` takes the transformer with the decoder, as users call it,
+and both alone; `train` takes a step from images, and one from cached tokens.
+The PyTorch side is eager: `torch_sampler.py`, and the reference of the tests
+under AdamW. Prints a JSON line: medians, all seconds, and ratios of ours to
+theirs, from cached tokens to theirs from images.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import token_cache
-import torch
-import torch.nn.functional as F
-import torch_sampler
-from torch_sampler import torch_reference
 
 from var_jax import compile_cache, loading
 from var_jax.bench import sampling
@@ -39,6 +37,8 @@ from var_jax.models.transformer import VAR, VARConfig
 from var_jax.training import optim, tokenizer_step, var_step
 from var_jax.training.state import TrainState
 
+_SAME_PARTS = {name: name for name in ("image", "transformer", "decoder")}
+
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -47,92 +47,126 @@ def main():
   parser.add_argument("--batch", type=int, default=1)
   parser.add_argument("--turns", type=int, default=5)
   args = parser.parse_args()
-  compile_cache.enable()
-  torch.set_num_threads(os.cpu_count())
-  cfg = VARConfig.official(args.depth, dtype="float32")
-  tokenizer_cfg = TokenizerConfig(scales=SCALES[256])
-  make = {"sample": samplers, "train": steps}[args.what]
-  asked = make(tokenizer_cfg, cfg, args.batch)
-  times = in_turns(asked.calls, args.turns)
+  ours, theirs, beside = {
+    "sample": (our_samplers, torch_samplers, _SAME_PARTS),
+    "train": (our_steps, torch_steps, {"images": "images", "tokens": "images"}),
+  }[args.what]
+  with Side(ours, args) as us, Side(theirs, args) as them:
+    times = in_turns({"ours": us, "torch": them}, args.turns)
   median = {name: statistics.median(values) for name, values in times.items()}
   record = {
     "what": args.what,
     "depth": args.depth,
     "batch": args.batch,
-    "jax": jax.__version__,
-    "torch": torch.__version__,
     "median_s": median,
     "ratios": {
-      name: median[f"ours, {name}"] / median[f"torch, {beside}"]
-      for name, beside in asked.ratios.items()
+      one: median[f"ours, {one}"] / median[f"torch, {other}"]
+      for one, other in beside.items()
     },
     "all_s": times,
   }
   print(json.dumps(record))
 
 
-class Asked(NamedTuple):
-  """Calls by name, and for each of ours the name of theirs beside it."""
+class Side:
+  """A process that has calls by name and takes the time of one when asked."""
 
-  calls: dict[str, Callable[[], object]]
-  ratios: dict[str, str]
+  def __init__(self, make: Callable[..., dict], args):
+    context = multiprocessing.get_context("spawn")
+    self.pipe, self.there = context.Pipe()
+    self.process = context.Process(target=_serve, args=(self.there, make, args))
+
+  def __enter__(self) -> "Side":
+    self.process.start()
+    self.there.close()  # else its end would not be noticed
+    self.names = self.pipe.recv()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.process.kill()
+
+  def seconds(self, name: str) -> float:
+    self.pipe.send(name)
+    return self.pipe.recv()
 
 
-def in_turns(calls, turns: int) -> dict[str, list[float]]:
-  """Return the seconds of each call, after one that warms up."""
+def _serve(pipe, make, args) -> None:
+  cfg = VARConfig.official(args.depth, dtype="float32")
+  calls = make(TokenizerConfig(scales=SCALES[256]), cfg, args.batch)
   for call in calls.values():
     call()
-  times = {name: [] for name in calls}
+  pipe.send(list(calls))
+  while True:
+    call = calls[pipe.recv()]
+    begin = time.perf_counter()
+    call()
+    pipe.send(time.perf_counter() - begin)
+
+
+def in_turns(sides: dict[str, Side], turns: int) -> dict[str, list[float]]:
+  """Return the seconds of each call of each side."""
+  times = {}
   for _ in range(turns):
-    for name, call in calls.items():
-      begin = time.perf_counter()
-      call()
-      times[name].append(time.perf_counter() - begin)
+    for title, side in sides.items():
+      for name in side.names:
+        times.setdefault(f"{title}, {name}", []).append(side.seconds(name))
   return times
 
 
-def samplers(tokenizer_cfg, cfg, batch: int) -> Asked:
+def our_samplers(tokenizer_cfg, cfg, batch: int):
+  compile_cache.enable()
   models = Models(
     Tokenizer(tokenizer_cfg),
     loading.sampling_var(cfg),
     decode_rows=loading.decode_rows(tokenizer_cfg),
   )
   params = sampling.random_params(models)
-  labels = np.arange(batch)
+  labels_B = np.arange(batch)
   keys_B = sampler.image_keys(jax.random.key(0), batch)
   options = sampler.Options(
     np.float32(1.5), np.int32(900), np.float32(0.96), np.float32(1.0)
   )
-  theirs = torch_sampler.Sampler(tokenizer_cfg, cfg, "cpu", "float32")
-
-  f_hat_shape = (batch, *cfg.schedule.grid, cfg.latent_channels)
-  f_hat_BhwZ = jax.random.normal(jax.random.key(1), f_hat_shape)
-  f_hat_BZhw = torch.tensor(np.array(f_hat_BhwZ)).permute(0, 3, 1, 2)
-  labels_B = torch.tensor(labels)
+  of_draw = (models, params, labels_B, keys_B, options)
+  f_hat_BhwZ = _f_hat(cfg, batch)
 
   def transformer():
-    drawn = sampler.draw_scales(models, params, labels, keys_B, options)
-    return [scale.tokens_Bl for scale in drawn]
+    return [scale.tokens_Bl for scale in sampler.draw_scales(*of_draw)]
 
-  ours = {
-    "image": lambda: sampler.generate(models, params, labels, keys_B, options),
+  parts = {
+    "image": lambda: sampler.generate(*of_draw),
     "transformer": transformer,
     "decoder": lambda: sampler.decode(models, params, f_hat_BhwZ),
   }
-  calls = {
-    "torch, image": lambda: theirs.sample(labels_B),
-    "torch, transformer": lambda: theirs.sample(labels_B, decode=False),
-    "torch, decoder": lambda: theirs.decode(f_hat_BZhw.contiguous()),
+  return {
+    name: lambda part=part: jax.block_until_ready(part())
+    for name, part in parts.items()
   }
-  for name, call in ours.items():
-    calls[f"ours, {name}"] = lambda call=call: jax.block_until_ready(call())
-  return Asked(calls, {name: name for name in ours})
 
 
-def steps(tokenizer_cfg, cfg, batch: int) -> Asked:
+def torch_samplers(tokenizer_cfg, cfg, batch: int):
+  import torch
+  import torch_sampler
+
+  torch.set_num_threads(os.cpu_count())
+  theirs = torch_sampler.Sampler(tokenizer_cfg, cfg, "cpu", "float32")
+  labels_B = torch.arange(batch)
+  f_hat_BZhw = torch.tensor(_f_hat(cfg, batch).transpose(0, 3, 1, 2).copy())
+  return {
+    "image": lambda: theirs.sample(labels_B),
+    "transformer": lambda: theirs.sample(labels_B, decode=False),
+    "decoder": lambda: theirs.decode(f_hat_BZhw),
+  }
+
+
+def _f_hat(cfg, batch: int) -> np.ndarray:
+  shape = (batch, *cfg.schedule.grid, cfg.latent_channels)
+  return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def our_steps(tokenizer_cfg, cfg, batch: int):
+  compile_cache.enable()
   cfg = dataclasses.replace(cfg, drop_path=0.0)  # the reference has none
   batches = token_cache.synthetic(batch, tokenizer_cfg)
-  images_BHW3, labels_B = (batches["images"][k] for k in ("image", "label"))
   var, tokenizer = VAR(cfg), Tokenizer(tokenizer_cfg)
   key = jax.random.key(0, impl="rbg")  # quick to compile
   frozen = tokenizer_step.init_params(tokenizer, key)
@@ -151,24 +185,25 @@ def steps(tokenizer_cfg, cfg, batch: int) -> Asked:
   def take(name):
     held[0], _ = jax.block_until_ready(step(held[0], frozen, batches[name]))
 
-  calls = {
-    "ours, images": lambda: take("images"),
-    "ours, tokens": lambda: take("tokens"),
-    "torch, images": torch_step(tokenizer_cfg, cfg, images_BHW3, labels_B),
-  }
-  return Asked(calls, {"images": "images", "tokens": "images"})
+  return {name: functools.partial(take, name) for name in batches}
 
 
-def torch_step(tokenizer_cfg, cfg, images_BHW3, labels_B):
+def torch_steps(tokenizer_cfg, cfg, batch: int):
+  import torch
+  import torch.nn.functional as F
+  from torch_sampler import torch_reference
+
+  torch.set_num_threads(os.cpu_count())
   torch.manual_seed(0)
+  images = token_cache.synthetic(batch, tokenizer_cfg)["images"]
   tokenizer = torch_reference.Tokenizer(tokenizer_cfg).eval()
   var = torch_reference.VAR(cfg)
   optimizer = torch.optim.AdamW(
     var.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05
   )
-  image_BHW3 = torch.tensor(np.array(images_BHW3, np.float32)) / 127.5 - 1
+  image_BHW3 = torch.tensor(np.array(images["image"], np.float32)) / 127.5 - 1
   image_B3HW = image_BHW3.permute(0, 3, 1, 2).contiguous()
-  labels_B = torch.tensor(np.array(labels_B)).long()
+  labels_B = torch.tensor(np.array(images["label"])).long()
 
   def take():
     with torch.no_grad():
@@ -182,7 +217,7 @@ def torch_step(tokenizer_cfg, cfg, images_BHW3, labels_B):
     optimizer.step()
     return loss.item()
 
-  return take
+  return {"images": take}
 
 
 if __name__ == "__main__":
