@@ -21,6 +21,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from importlib import metadata
 
 import jax
 import numpy as np
@@ -58,6 +59,7 @@ def main():
     "what": args.what,
     "depth": args.depth,
     "batch": args.batch,
+    "versions": {of: metadata.version(of) for of in ("jax", "torch")},
     "median_s": median,
     "ratios": {
       one: median[f"ours, {one}"] / median[f"torch, {other}"]
@@ -176,9 +178,7 @@ def our_steps(tokenizer_cfg, cfg, batch: int):
   step = var_step.make_step(
     var, tokenizer, optimizer, var_step.VARLossConfig(), ema_decay=0.0, seed=0
   )
-  step = jax.jit(
-    step, donate_argnums=0, compiler_options=cpu.compiler_options()
-  )
+  step = cpu.Jit(step, donate_argnums=0)
   params = var_step.init_params(var, key)
   held = [TrainState.create(params, optimizer, use_ema=False)]
 

@@ -53,7 +53,12 @@ def main() -> None:
     def in_raster_order(labels_B, options=options):
       keys_B = sampler.image_keys(jax.random.key(0), len(labels_B))
       tokens_BL = raster.generate(
-        model, params, labels_B, keys_B, Options(**options)
+        model,
+        params,
+        labels_B,
+        keys_B,
+        Options(**options),
+        guided=options["guidance"] != 0,
       )
       return Sample(tokenizer.decode(tokens_BL), tokens_BL)
 

@@ -66,9 +66,7 @@ def measure(
   step = var_step.make_step(
     var, tokenizer, optimizer, var_step.VARLossConfig(), ema_decay=0.0, seed=0
   )
-  step = jax.jit(
-    step, donate_argnums=0, compiler_options=cpu.compiler_options()
-  )
+  step = cpu.Jit(step, donate_argnums=0)
 
   params = var_step.init_params(var, jax.random.key(0, impl="rbg"))
   state = TrainState.create(params, optimizer, use_ema=False)

@@ -76,7 +76,7 @@ class Model:
     images_BHW3 = checks.images(images_BHW3, schedule, self.config.tokenizer)
     return self._on_rows(
       functools.partial(
-        cpu.jit(_encode, (0, 1)),
+        _encode_program,
         self.models.tokenizer,
         schedule,
         self.params.tokenizer,
@@ -92,7 +92,7 @@ class Model:
     tokens_BL = checks.tokens(tokens_BL, schedule, self.config.tokenizer)
     return self._on_rows(
       functools.partial(
-        cpu.jit(_decode, (0, 1)),
+        _decode_program,
         self.models.tokenizer,
         schedule,
         self.params.tokenizer,
@@ -291,8 +291,14 @@ def _encode(tokenizer, schedule, params, images_BHW3):
   return tokenizer.apply(params, images_BHW3, schedule, method="encode")
 
 
+_encode_program = cpu.Jit(_encode, static_argnums=(0, 1))
+
+
 def _decode(tokenizer, schedule, params, tokens_BL):
   return tokenizer.apply(params, tokens_BL, schedule, method="decode")
+
+
+_decode_program = cpu.Jit(_decode, static_argnums=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,5 +1,7 @@
 """Raster order: the cache changes nothing, and no token sees the future."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,8 @@ def test_loss_is_the_mean_cross_entropy_and_its_labels_are_dropped():
     odds_BLV = np.exp(logits_BLV)
     probs_BLV = odds_BLV / odds_BLV.sum(-1, keepdims=True)
     chosen_BL = np.take_along_axis(probs_BLV, tokens_BL[..., None], -1)
-    loss = raster.loss(MODEL, PARAMS, LABELS, tokens_BL, key, dropout)
+    calm = raster.Raster(dataclasses.replace(CFG, drop_path=0.0))
+    loss = raster.loss(calm, PARAMS, LABELS, tokens_BL, key, dropout)
     np.testing.assert_allclose(loss, -np.log(chosen_BL).mean(), rtol=1e-5)
 
 
@@ -98,3 +101,17 @@ def test_flops_equal_a_count_by_hand():
 def test_scales_in_raster_order_are_one_square(scales):
   with pytest.raises(ValueError, match="no single square grid"):
     raster.Raster(VARConfig(scales=scales))
+
+
+def test_layers_are_random_where_a_key_is_given():
+  cfg = dataclasses.replace(CFG, dropout=0.5, drop_path=0.5)
+  model, tokens_BL = raster.Raster(cfg), generate()
+
+  def logits(key):
+    return np.asarray(model.apply(PARAMS, LABELS, tokens_BL, key))
+
+  keys = jax.random.split(jax.random.key(2))
+  np.testing.assert_array_equal(logits(keys[0]), logits(keys[0]))
+  assert np.any(logits(keys[0]) != logits(keys[1]))
+  plain = MODEL.apply(PARAMS, LABELS, tokens_BL)
+  np.testing.assert_array_equal(logits(None), plain)

@@ -1,6 +1,10 @@
 """What is faster on CPUs is the plain operation, and stays there."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -24,15 +28,6 @@ def operands(h=64, w=64, channels=128, features=128, batch=1, side=3):
   return (
     jax.random.normal(x, (batch, h, w, channels)),
     jax.random.normal(kernel, (side, side, channels, features)),
-  )
-
-
-def lowered(function, *args, platform="cpu") -> str:
-  return (
-    jax.jit(function)
-    .trace(*args)
-    .lower(lowering_platforms=(platform,))
-    .as_text()
   )
 
 
@@ -73,7 +68,7 @@ def test_large_convolutions_are_those_in_float64(shape):
   assert error < 2e-5
   # What the route costs: a plain convolution is some ten times nearer.
   at_once = plain(x_BhwZ, kernel_ijZF, (1, 1), SAME)
-  assert np.abs(at_once - oracle).max() < error * np.abs(oracle).max()
+  assert np.abs(at_once - oracle).max() < error / 4 * np.abs(oracle).max()
 
 
 @pytest.mark.parametrize(
@@ -131,13 +126,13 @@ def test_what_is_differentiated_is_plain():
 
 
 def test_sums_over_positions_are_sums():
-  x_BTZ = jax.random.normal(jax.random.key(1), (3, 500, 40))
+  x_BTZ = jax.random.uniform(jax.random.key(1), (2, 65536, 8))
   oracle = np.float64(x_BTZ).sum(1)
   np.testing.assert_allclose(
-    jax.jit(cpu.sum_positions)(x_BTZ), oracle, rtol=1e-4, atol=1e-4
+    jax.jit(cpu.sum_positions)(x_BTZ), oracle, rtol=3e-5
   )
   grads = jax.grad(lambda x: cpu.sum_positions(x)[0, 3] * 2.0)(x_BTZ)
-  assert np.all(grads[0, :, 3] == 2.0) and float(grads.sum()) == 1000.0
+  assert np.all(grads[0, :, 3] == 2.0) and float(grads.sum()) == 2.0 * 65536
 
 
 @pytest.mark.parametrize("shift", [0.0, 100.0])
@@ -167,24 +162,73 @@ def test_group_norm_is_that_of_flax(shift):
     )
 
 
-def test_the_released_tokenizer_draws_the_same_with_plain_operations(
+def test_a_tokenizer_of_the_released_size_does_the_same_with_plain_operations(
   monkeypatch,
 ):
-  """Largest difference seen: 2.4e-5 of pixels in [-1, 1]; no token differs."""
+  """Random weights and noise. Largest difference of pixels seen: 2.5e-5."""
   tokenizer = Tokenizer(TokenizerConfig())
   image_BHW3 = jax.random.uniform(jax.random.key(4), (1, 256, 256, 3)) * 2 - 1
   params = jax.jit(tokenizer.init)(jax.random.key(5), image_BHW3)
 
-  def tokens_and_image():
-    tokens_BL = cpu.jit(
-      lambda p, x: tokenizer.apply(p, x, method="encode"), ()
-    )(params, image_BHW3)
-    decode = cpu.jit(lambda p, x: tokenizer.apply(p, x, method="decode"), ())
+  def tokens_and_image(jit):
+    encode, decode = (
+      jit(functools.partial(tokenizer.apply, method=method))
+      for method in ("encode", "decode")
+    )
+    tokens_BL = encode(params, image_BHW3)
     return tokens_BL, decode(params, tokens_BL)
 
-  tokens_BL, ours = tokens_and_image()
-  monkeypatch.setattr(cpu, "_MIN_SIDE", 10**6)
-  plain_BL, theirs = tokens_and_image()
+  tokens_BL, ours = tokens_and_image(cpu.Jit)
+  monkeypatch.setattr(cpu, "_on_cpu", lambda fast, plain: plain)
+  plain_BL, theirs = tokens_and_image(jax.jit)
   np.testing.assert_array_equal(tokens_BL, plain_BL)
-  difference = np.abs(ours - theirs).max()
-  assert 0 < difference < 1e-4
+  assert 0 < np.abs(ours - theirs).max() < 1e-4
+
+
+def test_a_program_with_options_is_part_of_others_all_the_same():
+  double = cpu.Jit(lambda x: 2.0 * x, "cpu")
+  one = jnp.ones(())
+  assert cpu.compiler_options("cpu")
+  for found in (
+    double(one),
+    jax.grad(double)(one),
+    jax.jit(double)(one),
+    jax.jit(lambda: double(one))(),
+    jax.vmap(double)(jnp.ones((1,)))[0],
+    double.lower(one).compile()(one),
+    double.lower(one, platform="tpu").compile()(one),  # no options at all
+  ):
+    assert found == 2.0
+
+
+def test_whole_programs_have_the_kernels_that_suit_them():
+  matrix = jnp.ones((200, 200))
+  texts = [
+    jit(lambda x: x @ x).lower(matrix).compile().as_text()
+    for jit in (jax.jit, lambda f: cpu.Jit(f, "cpu"))
+  ]
+  assert ["ynn_fusion" in text for text in texts] == [True, False]
+
+
+def test_eight_devices_convolve_as_one_does():
+  code = """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_cpu import SAME, convolve, operands
+x_BhwZ, kernel_ijZF = operands(batch=8)
+mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+split = jax.device_put(x_BhwZ, NamedSharding(mesh, PartitionSpec("data")))
+program = jax.jit(lambda x, k: convolve(x, k, (1, 1), SAME))
+out_BhwF = program(split, kernel_ijZF)
+assert not out_BhwF.sharding.is_fully_replicated
+np.testing.assert_allclose(
+  out_BhwF, program(x_BhwZ, kernel_ijZF), atol=1e-5 * abs(out_BhwF).max())
+"""
+  flags = "--xla_force_host_platform_device_count=8"
+  environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  subprocess.run(
+    [sys.executable, "-c", code],
+    check=True,
+    env=environment,
+    cwd=pathlib.Path(__file__).parent,
+  )

@@ -175,7 +175,7 @@ def whole(models, params, batch) -> Iterator[tuple[str, Program]]:
     Program(
       functools.partial(step.to_images, models),
       lambda: (params, _normal(_f_hat_shape(models, batch))),
-      compiler_options=cpu.compiler_options(),
+      compiler_options=cpu.compiler_options(jax.default_backend()),
     ),
   )
 

@@ -127,7 +127,7 @@ def decode(
 ) -> jax.Array:
   """Return the image of f_hat, clipped to [-1, 1]."""
   with models.context():
-    return decode_program()(models, params, f_hat_BhwZ)
+    return decode_program(models, params, f_hat_BhwZ)
 
 
 def _each_scale(
@@ -196,11 +196,7 @@ def fused_program(
   return Sample(images_BHW3, jnp.concatenate(tokens, axis=1))
 
 
-def decode_program(platform: str | None = None):
-  """Return the program of `step.to_images`, as `cpu.jit` makes it."""
-  return cpu.jit(step.to_images, 0, platform)
-
-
+decode_program = cpu.Jit(step.to_images, static_argnums=0)
 start_program = jax.jit(step.start, static_argnames=("models", "guided"))
 conditional_program = jax.jit(step.conditional_half)
 scale_program = jax.jit(

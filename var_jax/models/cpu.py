@@ -1,8 +1,8 @@
 """Two operations that XLA compiles badly for CPUs, and a better way there.
 
 On other platforms, and wherever a derivative is taken, they are the plain
-operations: nothing here is in a program for TPU or GPU, nor in the gradient of
-one for CPU. `compiler_options` is for whole programs.
+operations. `Jit` makes whole programs with the kernels that suit them on CPUs,
+training included.
 """
 
 import functools
@@ -45,40 +45,56 @@ _OUTPUT = np.array(
   ]
 )
 _TILE = 4  # pixels of a side
-_TILES = 512  # at once: what they take stays near the cores
+_TILES = 512  # at once, about: what one image's take stays near the cores
+_YNN_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 _MIN_SIDE, _MIN_CHANNELS = 64, 128  # below, the plain convolution is faster
 
 
-def compiler_options(platform: str | None = None) -> dict[str, Any] | None:
+def compiler_options(platform: str) -> dict[str, Any] | None:
   """Return what jax.jit takes for a program that decodes, encodes or trains.
 
-  XLA's newer kernels for CPUs make these slower, and drawing faster.
+  On CPUs it turns XLA's YNN kernels off, which jaxlib 0.10 to 0.12 know. Those
+  are slower than Eigen's for convolutions and training; for drawing they are
+  not, and stay on.
+  """
+  return {_YNN_FUSIONS: ""} if platform == "cpu" else None
+
+
+class Jit:
+  """`jax.jit` with `compiler_options`; within another program, without.
 
   Args:
-    platform: by default that of the first device.
+    function: of the module, so that there is one program for all callers.
+    platform: by default the default backend's, when it is first called.
+    options: of jax.jit.
   """
-  platform = platform or jax.default_backend()
-  return (
-    {"xla_cpu_experimental_ynn_fusion_type": ""} if platform == "cpu" else None
-  )
 
+  def __init__(
+    self, function: Callable, platform: str | None = None, **options
+  ):
+    self._plain = jax.jit(function, **options)
+    self._jit = functools.partial(jax.jit, function, **options)
+    self._platform = platform
 
-@functools.cache
-def jit(
-  function: Callable,
-  static_argnums: int | tuple[int, ...],
-  platform: str | None = None,
-):
-  """Return jax.jit of a function that decodes or encodes.
+  def __call__(self, *args):
+    if compiler_options(self._platform or jax.default_backend()) is None:
+      return self._plain(*args)
+    # What is traced here, or differentiated, is part of another program, and
+    # JAX takes options for whole ones only.
+    values = (jax.lax.full((), 0), *jax.tree.leaves(args))
+    nested = any(isinstance(x, jax.core.Tracer) for x in values)
+    return (self._plain if nested else self._whole)(*args)
 
-  Args:
-    platform: by default that of the first device.
-  """
-  return jax.jit(
-    function,
-    static_argnums=static_argnums,
-    compiler_options=compiler_options(platform),
-  )
+  def lower(self, *args, platform: str | None = None) -> jax.stages.Lowered:
+    """Return the whole program, of another platform if it is said."""
+    if platform is None:
+      return self._whole.lower(*args)
+    return self._jit(compiler_options=compiler_options(platform)).lower(*args)
+
+  @functools.cached_property
+  def _whole(self):
+    platform = self._platform or jax.default_backend()
+    return self._jit(compiler_options=compiler_options(platform))
 
 
 def convolve(
@@ -112,7 +128,7 @@ def convolve(
 
 
 def sum_positions(x_BTZ: jax.Array) -> jax.Array:
-  """Return the sum over T, [B, Z]."""
+  """Return the sum over T, [B, Z]; of 65,536 it is off by up to 3e-5."""
 
   def product(x_BTZ):
     ones_T = jnp.ones(x_BTZ.shape[1], x_BTZ.dtype)
@@ -147,17 +163,20 @@ def _winograd(x_BhwZ: jax.Array, kernel_ijZF: jax.Array) -> jax.Array:
   )  # of tiles, at once
   high, wide = _TILE * rows, _TILE * across
   kernel_EZF = _transform(_KERNEL, kernel_ijZF).reshape(-1, Z, F)
-  # Two pixels of the last tile's window are its own and one is padding; the
-  # slices below ask for three.
+  # A window reaches one pixel past its tile. The slices below take four past a
+  # strip, so that all have one length: hence three on the far side.
   x_BhwZ = jnp.pad(x_BhwZ, ((0, 0), (1, 3), (1, 3), (0, 0)))
   places = [(i, j) for i in range(6) for j in range(6)]
 
-  def strip(n):
-    x_BrwZ = jax.lax.dynamic_slice_in_dim(x_BhwZ, n * high, high + _TILE, 1)
-    window_EBrtZ = jnp.stack(
-      [x_BrwZ[:, i : i + high : _TILE, j : j + wide : _TILE] for i, j in places]
+  def strip(index):
+    x_BrwZ = jax.lax.dynamic_slice_in_dim(
+      x_BhwZ, index * high, high + _TILE, axis=1
     )
-    window_EnZ = _transform(_INPUT, window_EBrtZ).reshape(36, -1, Z)
+    windows = [
+      x_BrwZ[:, i : i + high : _TILE, j : j + wide : _TILE] for i, j in places
+    ]
+    # E: the 36 values of a window; n: all tiles of the strip.
+    window_EnZ = _transform(_INPUT, jnp.stack(windows)).reshape(36, -1, Z)
     product_EnF = jnp.einsum("enz,ezf->enf", window_EnZ, kernel_EZF)
     out_E = _transform(_OUTPUT, product_EnF)
     out_ijBrtF = out_E.reshape(_TILE, _TILE, B, rows, across, F)

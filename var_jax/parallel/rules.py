@@ -179,10 +179,9 @@ class Jit:
   """`jax.jit` whose function is traced, and runs, on a mesh."""
 
   def __init__(self, mesh: Mesh, function: Callable, **options):
-    options["compiler_options"] = cpu.compiler_options(
-      mesh.devices.flat[0].platform
-    )
-    self._on, self._jitted = Context(mesh), jax.jit(function, **options)
+    platform = mesh.devices.flat[0].platform
+    self._on = Context(mesh)
+    self._jitted = cpu.Jit(function, platform, **options)
 
   def __call__(self, *args):
     with self._on():

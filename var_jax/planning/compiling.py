@@ -153,8 +153,11 @@ def sample_programs(
     )
     yield (
       "decoder",
-      sampler.decode_program(mesh.devices.flat[0].platform).lower(
-        models, params, state.f_hat_BhwZ
+      sampler.decode_program.lower(
+        models,
+        params,
+        state.f_hat_BhwZ,
+        platform=mesh.devices.flat[0].platform,
       ),
       _bytes((params.var, state.cache)),
     )
