@@ -132,7 +132,7 @@ def sum_positions(x_BTZ: jax.Array) -> jax.Array:
 
   def product(x_BTZ):
     ones_T = jnp.ones(x_BTZ.shape[1], x_BTZ.dtype)
-    return jnp.einsum("t,btz->bz", ones_T, x_BTZ)
+    return _product("t,btz->bz", ones_T, x_BTZ)
 
   return _on_cpu(product, lambda x_BTZ: jnp.sum(x_BTZ, axis=1))(x_BTZ)
 
@@ -177,7 +177,7 @@ def _winograd(x_BhwZ: jax.Array, kernel_ijZF: jax.Array) -> jax.Array:
     ]
     # E: the 36 values of a window; n: all tiles of the strip.
     window_EnZ = _transform(_INPUT, jnp.stack(windows)).reshape(36, -1, Z)
-    product_EnF = jnp.einsum("enz,ezf->enf", window_EnZ, kernel_EZF)
+    product_EnF = _product("enz,ezf->enf", window_EnZ, kernel_EZF)
     out_E = _transform(_OUTPUT, product_EnF)
     out_ijBrtF = out_E.reshape(_TILE, _TILE, B, rows, across, F)
     return out_ijBrtF.transpose(2, 3, 0, 4, 1, 5).reshape(B, high, w, F)
@@ -189,4 +189,7 @@ def _winograd(x_BhwZ: jax.Array, kernel_ijZF: jax.Array) -> jax.Array:
 def _transform(matrix: np.ndarray, x: jax.Array) -> jax.Array:
   """Apply a matrix to both sides of squares, which lead and may be flat."""
   both = jnp.asarray(np.kron(matrix, matrix), jnp.float32)
-  return both @ x.reshape(both.shape[1], -1)
+  return _product("de,en->dn", both, x.reshape(both.shape[1], -1))
+
+
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)

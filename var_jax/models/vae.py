@@ -39,7 +39,7 @@ class GroupNorm(nn.Module):
     sum_BZ = cpu.sum_positions(x_BhwZ.reshape(B, h * w, Z))
     sum_BG = sum_BZ.reshape(B, self.groups, -1).sum(-1)
     mean_BZ = jnp.repeat(
-      sum_BG / (h * w * Z // self.groups), Z // self.groups, 1
+      sum_BG / float(h * w * Z // self.groups), Z // self.groups, 1
     )
     return mean_BZ[:, None, None]
 
