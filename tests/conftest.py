@@ -3,6 +3,7 @@
 Many tests train the same small models; compiling them is most of the time.
 """
 
+import gc
 import os
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 _PREFIX = "var_jax_tests_"
+_MANY_MAPPINGS = 20_000
 COMPILED = pathlib.Path(tempfile.gettempdir()) / f"{_PREFIX}{_RUN}"
 
 # Before jax is imported, and for the processes that tests start. The compiler
@@ -21,6 +23,22 @@ COMPILED = pathlib.Path(tempfile.gettempdir()) / f"{_PREFIX}{_RUN}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+  """Drop compiled programs long before there are too many of them.
+
+  Each is some ten mappings of memory. Linux allows a process 65,530: at the end
+  of all tests XLA met that, and aborted.
+  """
+  yield
+  mappings = pathlib.Path("/proc/self/maps")
+  if mappings.exists() and mappings.read_text().count("\n") > _MANY_MAPPINGS:
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
