@@ -1,20 +1,13 @@
 """What drawing takes of TPU chips, compiled for ones that are not there.
 
-    python benchmarks/tpu_sampling.py memory --chips v5e v5p v6e
-    python benchmarks/tpu_sampling.py bytes --chips v5e
+    python benchmarks/tpu_sampling.py --chips v5e v5p v6e --batches 1 8
 
-A published depth in bfloat16 with guidance, one program a scale. `memory` is
-the peak of a chip's HBM by the compiler's word, the larger of the finest scale
-and the decoder, with what lies beside each. `bytes` are those that an image
-moves in all scales and the decoder, by the compiler's count. It counts the body
-of a loop once: so a program of one layer is compiled, and a layer by itself for
-the others; the loops that search for top-k and top-p stay counted once. Beside
-them the least that must move: weights once a part, the cache once a scale.
-Prints a JSON line for each chip and batch.
+A published depth in bfloat16 with guidance, one program a scale: the peak of a
+chip's HBM by the compiler's word, of the finest scale and of the decoder, with
+what lies beside each. Prints a JSON line for each chip and batch.
 """
 
 import argparse
-import dataclasses
 import json
 import time
 
@@ -22,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from var_jax import loading
-from var_jax.bench import roofline, sampling
+from var_jax.bench import sampling
 from var_jax.generation import sampler, step
 from var_jax.generation.sampler import Models
-from var_jax.models.blocks import Block, Past, VARConfig
+from var_jax.models.blocks import VARConfig
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.planning import compiling, topology
 
@@ -35,20 +28,18 @@ _GIB = 2.0**30
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("what", choices=("memory", "bytes"))
   parser.add_argument("--chips", nargs="+", choices=ONE_CHIP, default=ONE_CHIP)
   parser.add_argument("--batches", nargs="+", type=int, default=(1, 8, 64))
   parser.add_argument("--depth", type=int, default=16)
   args = parser.parse_args()
   topology.use_no_tpu()
   cfg = VARConfig.official(args.depth, dtype="bfloat16")
-  measure = {"memory": memory, "bytes": moved}[args.what]
   for batch in args.batches:
     for kind in args.chips:
       begin = time.monotonic()
       programs = Programs(cfg, batch, topology.Topology(ONE_CHIP[kind]))
       record = {"chip": kind, "depth": args.depth, "batch": batch}
-      record |= measure(programs)
+      record |= memory(programs)
       record["seconds"] = round(time.monotonic() - begin)
       print(json.dumps(record), flush=True)
 
@@ -98,28 +89,6 @@ class Programs:
       self.models, self.params, self.state.f_hat_BhwZ, platform="tpu"
     )
 
-  def layer(self, s: int) -> jax.stages.Lowered:
-    """Return one layer of scale s by itself."""
-    scales, rows = self.cfg.schedule, 2 * self.batch
-    start, l = scales.start(s), scales.end(s) - scales.start(s)
-    block = Block(self.cfg, self.models.var.attend)
-
-    def apply(params, x_BlD, modulation_B6D, k_BLD, v_BLD):
-      past = Past(k_BLD, v_BLD, start)
-      return block.apply(params, x_BlD, modulation_B6D, past, None)
-
-    def first(tree):
-      return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree
-      )
-
-    args = (
-      {"params": first(self.params.var["params"]["blocks"])},
-      jax.ShapeDtypeStruct((rows, l, self.cfg.width), jnp.float32),
-      *first((self.modulation.blocks_RB6D, *self.state.cache)),
-    )
-    return jax.jit(apply).lower(*self._placed(args))
-
   def _placed(self, tree):
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.where),
@@ -146,28 +115,6 @@ def memory(programs: Programs) -> dict[str, float | bool]:
     peaks[name] = (found.memory.peak + rest) / _GIB
   hbm = programs.chip.chip.hbm_bytes / _GIB
   return {"fits": max(peaks.values()) < hbm, "peak_gib": peaks, "hbm_gib": hbm}
-
-
-def moved(programs: Programs) -> dict[str, float]:
-  cfg, batch = programs.cfg, programs.batch
-  one = Programs(dataclasses.replace(cfg, depth=1), batch, programs.chip)
-  scales = range(len(cfg.schedule))
-  layers = sum(_bytes(one.layer(s)) for s in scales)
-  rest = sum(_bytes(one.scale(s)) for s in scales) - layers
-  decoder = _bytes(programs.decoder())
-  as_bytes = roofline.Peaks(jnp.inf, 1.0, "")  # seconds are bytes
-  least = roofline.of_draw(cfg, TokenizerConfig(), batch, 2, as_bytes)
-  gb_an_image = {
-    "transformer": cfg.depth * layers + rest,
-    "of layers": cfg.depth * layers,
-    "decoder": decoder,
-    "least, transformer": least.transformer,
-  }
-  return {name: x / batch / 1e9 for name, x in gb_an_image.items()}
-
-
-def _bytes(lowered: jax.stages.Lowered) -> float:
-  return lowered.compile().cost_analysis()["bytes accessed"]
 
 
 if __name__ == "__main__":
