@@ -71,16 +71,9 @@ def draw_scales(
 
     return run
 
+  programs = map(on_mesh, (start_program, conditional_program, scale_program))
   scales = _each_scale(
-    *map(on_mesh, (start_program, conditional_program, scale_program)),
-    models,
-    params,
-    labels_B,
-    keys_B,
-    options,
-    given,
-    guided,
-    smooth,
+    programs, models, params, labels_B, keys_B, options, given, guided, smooth
   )
   for s, (state, tokens_Bl) in enumerate(scales):
     yield Drawn(s, tokens_Bl, state.f_hat_BhwZ)
@@ -131,19 +124,14 @@ def decode(
 
 
 def _each_scale(
-  start,
-  conditional_half,
-  draw_scale,
-  models,
-  params,
-  labels_B,
-  keys_B,
-  options,
-  given,
-  guided,
-  smooth,
+  programs, models, params, labels_B, keys_B, options, given, guided, smooth
 ) -> Iterator[tuple[step.State, jax.Array]]:
-  """Yield (state, tokens) after each scale; the first three are of `step`."""
+  """Yield (state, tokens) after each scale.
+
+  Args:
+    programs: `start`, `conditional_half` and `draw_scale` of `step`, or jitted.
+  """
+  start, conditional_half, draw_scale = programs
   scales = guided_scales(models, guided)
   state, modulation = start(models, params, labels_B, bool(scales))
   for s in range(len(models.var.cfg.schedule)):
@@ -176,21 +164,11 @@ def fused_program(
   models, params, labels_B, keys_B, options, given, *, guided, smooth
 ) -> Sample:
   """Draw all scales and decode them."""
-  drawn = list(
-    _each_scale(
-      step.start,
-      step.conditional_half,
-      step.draw_scale,
-      models,
-      params,
-      labels_B,
-      keys_B,
-      options,
-      given,
-      guided,
-      smooth,
-    )
+  parts = (step.start, step.conditional_half, step.draw_scale)
+  scales = _each_scale(
+    parts, models, params, labels_B, keys_B, options, given, guided, smooth
   )
+  drawn = list(scales)
   state, tokens = drawn[-1][0], [tokens_Bl for _, tokens_Bl in drawn]
   images_BHW3 = step.to_images(models, params, state.f_hat_BhwZ)
   return Sample(images_BHW3, jnp.concatenate(tokens, axis=1))

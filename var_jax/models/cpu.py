@@ -64,7 +64,6 @@ class Jit:
   """`jax.jit` with `compiler_options`; within another program, without.
 
   Args:
-    function: of the module, so that there is one program for all callers.
     platform: by default the default backend's, when it is first called.
     options: of jax.jit.
   """
