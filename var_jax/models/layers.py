@@ -59,6 +59,15 @@ def held_dtype(path: str, dtype: Any, matmul: str) -> Any:
   return matmul if _ONLY_MULTIPLIED.fullmatch(path) else dtype
 
 
+def mean_square(x_BhwZ: jax.Array) -> jax.Array:
+  """Return the mean of squares: of each row, then of these.
+
+  One float32 sum over a batch loses digits, and others on each mesh.
+  """
+  of_rows_B = jnp.mean(jnp.square(x_BhwZ), axis=tuple(range(1, x_BhwZ.ndim)))
+  return jnp.mean(of_rows_B)
+
+
 def layer_norm(x_BlD: jax.Array, eps: float) -> jax.Array:
   """Normalise over D in float32, without scale and shift of its own."""
   x_BlD = x_BlD.astype(jnp.float32)

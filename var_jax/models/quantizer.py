@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from var_jax.models import resize
-from var_jax.models.layers import HIGHEST, l2_normalize
+from var_jax.models.layers import HIGHEST, l2_normalize, mean_square
 from var_jax.models.scales import ScaleSchedule
 
 # Codes compared at once; bounds the distance array to B x T x this.
@@ -218,8 +218,8 @@ def quantize_for_training(
   f_BhwZ = f_BhwZ.astype(jnp.float32)
   tokens_BL, f_hats = quantize(f_BhwZ, params, scales, quant_resi, distance)
   stop = jax.lax.stop_gradient
-  commit_S = [jnp.mean(jnp.square(stop(f_hat) - f_BhwZ)) for f_hat in f_hats]
-  codes_S = [jnp.mean(jnp.square(f_hat - stop(f_BhwZ))) for f_hat in f_hats]
+  commit_S = [mean_square(stop(f_hat) - f_BhwZ) for f_hat in f_hats]
+  codes_S = [mean_square(f_hat - stop(f_BhwZ)) for f_hat in f_hats]
   loss = beta * jnp.mean(jnp.stack(commit_S)) + jnp.mean(jnp.stack(codes_S))
   f_hat_BhwZ = f_BhwZ + stop(f_hats[-1] - f_BhwZ)
   return Quantized(f_hat_BhwZ, loss, tokens_BL, stop(jnp.stack(codes_S)))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from var_jax.models import quantizer
+from var_jax.models.layers import mean_square
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.training import losses, optim
 from var_jax.training.accumulation import mean_over_parts
@@ -87,7 +88,7 @@ def make_step(
 
       def loss_fn(params):
         reconstruction_BHW3, quantized = tokenizer.apply(params, image_BHW3)
-        l2 = jnp.mean(jnp.square(reconstruction_BHW3 - image_BHW3))
+        l2 = mean_square(reconstruction_BHW3 - image_BHW3)
         loss = l2 + cfg.quantizer_weight * quantized.loss
         return loss, (l2, quantized)
 
@@ -135,7 +136,7 @@ def make_eval_step(tokenizer: Tokenizer):
 
   def measure(params, image_HW3):
     reconstruction_1HW3, quantized = tokenizer.apply(params, image_HW3[None])
-    l2 = jnp.mean(jnp.square(reconstruction_1HW3 - image_HW3))
+    l2 = mean_square(reconstruction_1HW3 - image_HW3)
     return {"l2": l2, "quantizer_loss": quantized.loss, "psnr": _psnr(l2)}
 
   def eval_step(params, batch):
