@@ -256,6 +256,8 @@ alone = var_jax.load({str(tmp_path)!r})
 spread = var_jax.load({str(tmp_path)!r}, mesh=mesh)
 key = jax.random.key(0)
 ours, theirs = (m.sample([3, -1], key, top_k=50) for m in (alone, spread))
+from var_jax.generation import by_layer
+assert by_layer.suits(alone.params) and not by_layer.suits(spread.params)
 assert len(theirs.images_BHW3.sharding.device_set) == 8
 np.testing.assert_array_equal(ours.tokens_BL, theirs.tokens_BL)
 fused = spread.sample([3, -1], key, top_k=50, fused=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import var_jax
-from var_jax.generation import memory, sampler, step
+from var_jax.generation import by_layer, memory, sampler, step
 from var_jax.generation.sampler import Options
 from var_jax.models.transformer import KVCache
 
@@ -24,6 +24,23 @@ def generate(labels, *, keys_B=None, options=FREE, models=MODELS, **how):
   if keys_B is None:
     keys_B = sampler.image_keys(KEY, len(labels_B))
   return sampler.generate(models, PARAMS, labels_B, keys_B, options, **how)
+
+
+def drawn(labels, **how):
+  """Return the tokens of all scales, and f_hat of the last."""
+  labels_B = jnp.array(labels)
+  keys_B = sampler.image_keys(KEY, len(labels_B))
+  scales = list(
+    sampler.draw_scales(MODELS, PARAMS, labels_B, keys_B, FREE, **how)
+  )
+  tokens = [scale.tokens_Bl for scale in scales]
+  return np.concatenate(tokens, axis=1), scales[-1].f_hat_BhwZ
+
+
+def compiled() -> int:
+  programs = (by_layer.layer_program, by_layer.few_rows_program)
+  programs = (*programs, by_layer.leave_program, sampler.scale_program)
+  return sum(program._cache_size() for program in programs)
 
 
 def margins(labels, options) -> np.ndarray:
@@ -65,11 +82,13 @@ def assert_same_draws(ours_BL, theirs_BL, labels):
 def test_one_program_draws_what_one_a_scale_draws(how):
   labels = [3, -1, 7]
   fused = generate(labels, fused=True, **how)
-  by_scale = generate(labels, fused=False, **how)
-  if not how:
-    assert_same_draws(fused.tokens_BL, by_scale.tokens_BL, labels)
-  np.testing.assert_array_equal(fused.tokens_BL, by_scale.tokens_BL)
-  golden_files.assert_close(fused.images_BHW3, by_scale.images_BHW3)
+  for one_each in (False, True):
+    tokens_BL, f_hat_BhwZ = drawn(labels, by_layer=one_each, **how)
+    if not how:
+      assert_same_draws(fused.tokens_BL, tokens_BL, labels)
+    np.testing.assert_array_equal(fused.tokens_BL, tokens_BL)
+    image_BHW3 = sampler.decode(MODELS, PARAMS, f_hat_BhwZ)
+    golden_files.assert_close(fused.images_BHW3, image_BHW3)
 
 
 def test_one_image_is_that_of_a_batch_of_64():
@@ -86,6 +105,34 @@ def test_one_image_is_that_of_a_batch_of_64():
   golden_files.assert_close(
     np.concatenate([x.images_BHW3 for x in alone]), together.images_BHW3
   )
+
+
+def test_the_parameters_of_layers_are_views():
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  whole = params.var["params"]["blocks"]["ffn"]["fc1"]["kernel"]
+  layers = by_layer.unstack(params).var
+  assert len(layers.blocks) == len(whole) and "blocks" not in layers.rest
+  for r, layer in enumerate(layers.blocks):
+    kernel = layer["ffn"]["fc1"]["kernel"]
+    np.testing.assert_array_equal(kernel, whole[r])
+    place = whole.unsafe_buffer_pointer() + r * kernel.nbytes
+    assert kernel.unsafe_buffer_pointer() == place
+
+
+def test_only_values_are_drawn_layer_by_layer():
+  assert by_layer.suits(PARAMS)
+  assert by_layer.suits(jax.tree.map(jnp.asarray, PARAMS))
+  assert not jax.jit(lambda params: jnp.array(by_layer.suits(params)))(PARAMS)
+
+
+def test_a_layers_cache_and_f_hat_are_donated():
+  params = by_layer.unstack(PARAMS)
+  state, modulation = by_layer.start(MODELS, params, jnp.array([3]), True)
+  keys_B = sampler.image_keys(KEY, 1)
+  by_layer.draw_scale(
+    MODELS, 0, True, False, params, state, modulation, keys_B, FREE, None
+  )
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -187,9 +234,9 @@ def test_a_queue_draws_the_same_whatever_its_batches(batch_size):
 def test_a_queue_compiles_one_program_for_a_last_batch_that_is_smaller():
   model = var_jax.Model(MODELS, PARAMS)
   next(iter(model.sample_all([1] * 4, KEY, 4, top_k=40)))
-  programs = sampler.scale_program._cache_size()
+  programs = compiled()
   list(model.sample_all([1] * 10, KEY, 4, top_k=40))
-  assert sampler.scale_program._cache_size() == programs
+  assert compiled() == programs
 
 
 def test_the_estimate_of_memory_covers_what_is_compiled():

@@ -101,18 +101,29 @@ def conditional_half(state, modulation) -> tuple[State, Modulation]:
   """Return both without the unconditional half."""
   B = len(state.f_hat_BhwZ)
   cache = KVCache(*(c_RBLD[:, :B] for c_RBLD in state.cache)).constrained()
-  modulation = Modulation(
-    modulation.cond_BD[:B],
-    modulation.blocks_RB6D[:, :B],
-    modulation.head_B2D[:B],
+  return State(cache, state.f_hat_BhwZ), first_rows(modulation, B)
+
+
+def first_rows(modulation: Modulation, rows: int) -> Modulation:
+  return Modulation(
+    modulation.cond_BD[:rows],
+    modulation.blocks_RB6D[:, :rows],
+    modulation.head_B2D[:rows],
   )
-  return State(cache, state.f_hat_BhwZ), modulation
 
 
 def draw_scale(
   models, s, guided, smooth, params, state, modulation, keys_B, options, given
 ) -> tuple[State, jax.Array]:
   """Draw the noise of scale s and take the step."""
+  noise = draw_noise(models, s, keys_B, smooth)
+  state, tokens_Bl, _ = scale_step(
+    models, s, params, state, modulation, options, noise, guided, given
+  )
+  return state, tokens_Bl
+
+
+def draw_noise(models, s, keys_B, smooth) -> Noise:
   scales = models.var.cfg.schedule
   shape_lV = (scales.end(s) - scales.start(s), models.var.cfg.vocab_size)
 
@@ -124,11 +135,7 @@ def draw_scale(
 
     return jax.vmap(of_image)(keys_B)
 
-  noise = Noise(gumbel(0), gumbel(1) if smooth else None)
-  state, tokens_Bl, _ = scale_step(
-    models, s, params, state, modulation, options, noise, guided, given
-  )
-  return state, tokens_Bl
+  return Noise(gumbel(0), gumbel(1) if smooth else None)
 
 
 def scale_step(
@@ -147,16 +154,45 @@ def scale_step(
   Args:
     guided: guidance acts; else an unconditional half only fills the cache.
   """
-  scales = models.var.cfg.schedule
-  ratio = scales.ratio(s)
-  tokenizer = functools.partial(models.tokenizer.apply, params.tokenizer)
-
-  inputs_BlZ = tokenizer(state.f_hat_BhwZ, s, method="next_input")
-  halves = state.cache.k_RBLD.shape[1] // len(inputs_BlZ)
-  inputs_BlZ = jnp.concatenate([inputs_BlZ] * halves)
+  inputs_BlZ = scale_inputs(models, s, params, state.f_hat_BhwZ, modulation)
   logits_BlV, cache = models.var.apply(
     params.var, s, inputs_BlZ, modulation, state.cache, method="step"
   )
+  f_hat_BhwZ, tokens_Bl, logits_BlV = take_tokens(
+    models,
+    s,
+    params,
+    state.f_hat_BhwZ,
+    logits_BlV,
+    options,
+    noise,
+    guided,
+    given,
+  )
+  return State(cache, f_hat_BhwZ), tokens_Bl, logits_BlV
+
+
+def scale_inputs(models, s, params, f_hat_BhwZ, modulation) -> jax.Array:
+  """Return what the transformer sees of f_hat at scale s, in each half."""
+  inputs_BlZ = models.tokenizer.apply(
+    params.tokenizer, f_hat_BhwZ, s, method="next_input"
+  )
+  halves = len(modulation.cond_BD) // len(inputs_BlZ)
+  return jnp.concatenate([inputs_BlZ] * halves)
+
+
+def take_tokens(
+  models, s, params, f_hat_BhwZ, logits_BlV, options, noise, guided, given
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return f_hat with the drawn tokens, these, and the filtered logits.
+
+  Args:
+    logits_BlV: of scale s, in each half.
+  """
+  scales = models.var.cfg.schedule
+  ratio = scales.ratio(s)
+  tokenizer = functools.partial(models.tokenizer.apply, params.tokenizer)
+  halves = len(logits_BlV) // len(f_hat_BhwZ)
   logits_BlV, *unconditional = jnp.split(logits_BlV, halves)
   if guided:
     # VAR: guidance grows with the scale; the coarsest one is not guided.
@@ -179,9 +215,10 @@ def scale_step(
     kept_BlZ = tokenizer(given.tokens_Bl, method="lookup")
     h_BlZ = jnp.where(given.keep_l[:, None], kept_BlZ, h_BlZ)
 
-  f_hat_BhwZ = tokenizer(state.f_hat_BhwZ, h_BlZ, s, method="add_scale")
-  state = State(cache, constrain(f_hat_BhwZ, _IMAGE))
-  return state, constrain(tokens_Bl, ("batch", "length")), logits_BlV
+  f_hat_BhwZ = constrain(
+    tokenizer(f_hat_BhwZ, h_BlZ, s, method="add_scale"), _IMAGE
+  )
+  return f_hat_BhwZ, constrain(tokens_Bl, ("batch", "length")), logits_BlV
 
 
 def to_images(models, params, f_hat_BhwZ) -> jax.Array:

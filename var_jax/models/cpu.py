@@ -1,8 +1,8 @@
-"""Two operations that XLA compiles badly for CPUs, and a better way there.
+"""Operations that XLA compiles badly for CPUs, and a better way there.
 
-On other platforms, and wherever a derivative is taken, they are the plain
-operations. `Jit` makes whole programs with the kernels that suit them on CPUs,
-training included.
+Convolutions and sums are the plain operations on other platforms, and wherever
+a derivative is taken. `attend` is for programs that run on one CPU only. `Jit`
+makes whole programs with the kernels that suit them on CPUs, training included.
 """
 
 import functools
@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from var_jax.models import layers
 
 # F(4x4, 3x3) of "Fast Algorithms for Convolutional Neural Networks"
 # (1509.09308, 4.3): 4x4 outputs of 6x6 inputs, 36 products in place of 144. It
@@ -48,6 +50,7 @@ _TILE = 4  # pixels of a side
 _TILES = 512  # at once, about: what one image's take stays near the cores
 _YNN_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 _MIN_SIDE, _MIN_CHANNELS = 64, 128  # below, the plain convolution is faster
+_MIN_QUERIES = 64  # likewise, plain attention
 
 
 def compiler_options(platform: str) -> dict[str, Any] | None:
@@ -134,6 +137,30 @@ def sum_positions(x_BTZ: jax.Array) -> jax.Array:
     return _product("t,btz->bz", ones_T, x_BTZ)
 
   return _on_cpu(product, lambda x_BTZ: jnp.sum(x_BTZ, axis=1))(x_BTZ)
+
+
+def attend(q_BlNK, k_BTNK, v_BTNK, mask_lT) -> jax.Array:
+  """Return what `layers.attend` does, one head of one row after another.
+
+  The weights of a head stay near the cores; they are divided by their sum when
+  they are multiplied already.
+  """
+  B, l, N, K = q_BlNK.shape
+  if mask_lT is not None or q_BlNK.dtype != jnp.float32 or l < _MIN_QUERIES:
+    return layers.attend(q_BlNK, k_BTNK, v_BTNK, mask_lT)
+
+  def of_head(head):
+    q_lK, k_TK, v_TK = head
+    logits_lT = _product("lk,tk->lt", q_lK, k_TK)
+    weights_lT = jnp.exp(logits_lT - jnp.max(logits_lT, axis=1, keepdims=True))
+    out_lK = _product("lt,tk->lk", weights_lT, v_TK)
+    return out_lK / jnp.sum(weights_lT, axis=1, keepdims=True)
+
+  heads = [
+    x.swapaxes(1, 2).reshape(B * N, -1, K) for x in (q_BlNK, k_BTNK, v_BTNK)
+  ]
+  out_BNlK = jax.lax.map(of_head, heads).reshape(B, N, l, K)
+  return out_BNlK.swapaxes(1, 2)
 
 
 def _on_cpu(fast, plain):

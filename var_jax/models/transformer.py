@@ -129,8 +129,7 @@ class VAR(nn.Module):
       cache: holds the scales before s.
     """
     start = self.cfg.schedule.start(s)
-    x_BlD = self.word_emb(inputs_BlZ) if s else self.embed_start(modulation)
-    x_BlD = self.add_position(x_BlD, start)
+    x_BlD = self.embed_scale(s, inputs_BlZ, modulation)
     past = Past(*cache, length=start)
     x_BlD, (k_RBlD, v_RBlD) = self.run_blocks(x_BlD, modulation, past, None)
     scale = slice(start, start + x_BlD.shape[1])
@@ -151,6 +150,13 @@ class VAR(nn.Module):
     else:
       _, blocks_RB6D = self.ada(cond_BD)
     return Modulation(cond_BD, blocks_RB6D, head_B2D)
+
+  def embed_scale(
+    self, s: int, inputs_BlZ: jax.Array | None, modulation: Modulation
+  ) -> jax.Array:
+    """Return the input of the first layer at scale s, [B, l, D]."""
+    x_BlD = self.word_emb(inputs_BlZ) if s else self.embed_start(modulation)
+    return self.add_position(x_BlD, self.cfg.schedule.start(s))
 
   def embed_start(self, modulation: Modulation) -> jax.Array:
     return modulation.cond_BD[:, None] + self.pos_start
