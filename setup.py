@@ -23,6 +23,7 @@ setuptools.setup(
     "absl-py",
     "array-record",
     "clu>=0.0.12",
+    "dm-pix>=0.4.4",
     "etils[epath]",
     "flatbuffers",
     "flax>=0.12.4",

@@ -31,6 +31,19 @@ PRESETS = {
     scales=(1, 2, 3, 4),
     num_phis=0,
   ),
+  # 64 px, emoji on two CPU cores: 8x8 latents, whose finest scale is a half of
+  # all tokens.
+  "emoji64": dict(
+    vocab_size=512,
+    latent_channels=16,
+    channels=16,
+    channel_mults=(1, 1, 2, 4),
+    norm_groups=8,
+    encoder_blocks=1,
+    decoder_blocks=1,
+    scales=(1, 2, 3, 4, 6, 8),
+    num_phis=0,
+  ),
   # 16 px, for tests: one step takes milliseconds.
   "tiny": dict(
     vocab_size=32,
@@ -77,6 +90,18 @@ def get_config(preset: str = "released256") -> ml_collections.ConfigDict:
     config.data.flip = False
     config.data.workers = 0
     config.optimizer.learning_rate = 2e-3 * 8  # at a batch of 256
+    config.optimizer.warmup_fraction = 0.04
+    config.checkpoint_every = 500
+    config.keep_checkpoints = 1
+  elif preset == "emoji64":
+    config.steps = 1500
+    config.ema_decay = 0.99
+    config.data.source = "npz:/path/to/emoji64_train.npz"
+    config.data.batch_size = 16
+    config.data.transform = "resize"
+    config.data.flip = False  # flags and letters are not what their mirror is
+    config.data.workers = 0
+    config.optimizer.learning_rate = 2e-3 * 16  # at a batch of 256
     config.optimizer.warmup_fraction = 0.04
     config.checkpoint_every = 500
     config.keep_checkpoints = 1

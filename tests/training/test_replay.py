@@ -92,7 +92,7 @@ def test_one_changed_line_of_the_loss_is_named(run, tmp_path):
   package = tmp_path / "var_jax"
   shutil.copytree(ROOT / "var_jax", package)
   path = package / "training" / "tokenizer_step.py"
-  line = "loss = l2 + cfg.quantizer_weight * quantized.loss"
+  line = "loss = rest + cfg.quantizer_weight * quantized.loss"
   text = path.read_text()
   assert text.count(line) == 1
   path.write_text(text.replace(line, f"{line} * 1.001"))

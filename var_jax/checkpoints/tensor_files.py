@@ -60,6 +60,22 @@ def read(name: str) -> TensorFile:
   return TensorFile(path, state_dicts, dict.fromkeys(state_dicts, path))
 
 
+def read_tensors(name: str | epath.Path) -> Mapping[str, np.ndarray]:
+  """Return the tensors of a .pth or .safetensors file, whatever they are.
+
+  A .pth may be one of torch before 1.6.
+
+  Raises:
+    ValueError: it is missing, damaged, or holds something else.
+  """
+  path = pathlib.Path(name)
+  if not path.is_file():
+    raise ValueError(f"{path} is no file; give a .pth or .safetensors.")
+  if path.suffix == ".safetensors":
+    return _open_safetensors(path)
+  return _to_numpy(_open_torch(path, old=not zipfile.is_zipfile(path)), path)
+
+
 def write_torch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   """Write a state dict that `torch.load` reads."""
   torch = require_torch(path)
@@ -189,14 +205,18 @@ def _open_safetensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     return _Safetensors(safetensors.safe_open(path, framework="np"), path)
 
 
-def _open_torch(path: pathlib.Path) -> Mapping[str, Any]:
+def _open_torch(path: pathlib.Path, old: bool = False) -> Mapping[str, Any]:
+  """Return a state dict; `old`: of torch before 1.6, which is read whole."""
   torch = require_torch(path)
   with _readable(path):
-    with zipfile.ZipFile(path) as archive:
-      damaged = archive.testzip()
-    if damaged:
-      raise ValueError(f"record {damaged} does not have its checksum")
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not old:
+      with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+      if damaged:
+        raise ValueError(f"record {damaged} does not have its checksum")
+    content = torch.load(
+      path, map_location="cpu", weights_only=True, mmap=not old
+    )
   if not isinstance(content, dict):
     raise ValueError(
       f"{path} holds {type(content).__name__}, no state dict; give one."

@@ -28,6 +28,13 @@ def add(commands) -> None:
   source.add_argument(
     "--quant-resi", type=float, help="r of phi, 0.5 if unsaid"
   )
+  losses = convert.add_argument_group(
+    "perceptual loss", "for training a tokenizer; .pth or .safetensors"
+  )
+  losses.add_argument(
+    "--lpips", help="the heads of the lpips package, or all of LPIPS"
+  )
+  losses.add_argument("--vgg", help="VGG16 of torchvision, with the heads")
   target = convert.add_argument_group("out")
   target.add_argument("--checkpoint", help="a workdir")
   target.add_argument(
@@ -52,7 +59,9 @@ def _convert(args) -> None:
 
 
 def _convert_one_way(args) -> None:
-  if args.checkpoint:
+  if args.lpips or args.vgg:
+    _import_lpips(args)
+  elif args.checkpoint:
     if not args.to:
       raise UsageError("--checkpoint needs --to; see var-jax convert --help.")
     _refuse(args, "--checkpoint", *IN_FLAGS)
@@ -83,6 +92,18 @@ def _refuse(args, given: str, *flags: str) -> None:
       raise UsageError(
         f"--{name.replace('_', '-')} does not go with {given}; leave it out."
       )
+
+
+def _import_lpips(args) -> None:
+  from var_jax.checkpoints import lpips
+
+  if not args.lpips:
+    raise UsageError("--vgg needs --lpips; see var-jax convert --help.")
+  _refuse(
+    args, "--lpips", *IN_FLAGS, "checkpoint", "to", "weights", "batch", "verify"
+  )
+  lpips.convert(args.lpips, args.output, args.vgg)
+  print(f"wrote the weights of LPIPS to {args.output}")
 
 
 def _import(args) -> None:

@@ -38,7 +38,8 @@ class Quantized(NamedTuple):
   f_hat_BhwZ: jax.Array  # straight-through: value of f_hat, gradient of f
   loss: jax.Array
   tokens_BL: jax.Array
-  residual_energy_S: jax.Array  # mean square of what scale s leaves of f
+  latent_energy: jax.Array  # mean square of f
+  residual_energy_S: jax.Array  # of what scale s leaves of it
 
 
 @functools.cache
@@ -208,12 +209,17 @@ def quantize_for_training(
   quant_resi: float,
   distance: str,
   beta: float,
+  kept_B: jax.Array | None = None,
 ) -> Quantized:
   """Quantise with the straight-through gradient and the commitment loss.
 
     loss = mean_s  beta |f - sg(f_hat_s)|^2 + |sg(f) - f_hat_s|^2
 
   f_hat_s is cumulative: each scale is asked to explain all of f.
+
+  Args:
+    kept_B: how many scales f_hat is made of, 1..S, a number a sample; all of
+      them if None. The loss is that of all scales anyhow.
   """
   f_BhwZ = f_BhwZ.astype(jnp.float32)
   tokens_BL, f_hats = quantize(f_BhwZ, params, scales, quant_resi, distance)
@@ -221,8 +227,16 @@ def quantize_for_training(
   commit_S = [mean_square(stop(f_hat) - f_BhwZ) for f_hat in f_hats]
   codes_S = [mean_square(f_hat - stop(f_BhwZ)) for f_hat in f_hats]
   loss = beta * jnp.mean(jnp.stack(commit_S)) + jnp.mean(jnp.stack(codes_S))
-  f_hat_BhwZ = f_BhwZ + stop(f_hats[-1] - f_BhwZ)
-  return Quantized(f_hat_BhwZ, loss, tokens_BL, stop(jnp.stack(codes_S)))
+  f_hat_BhwZ = f_hats[-1]
+  if kept_B is not None:
+    f_hat_BhwZ = jnp.stack(f_hats)[kept_B - 1, jnp.arange(len(f_BhwZ))]
+  return Quantized(
+    f_BhwZ + stop(f_hat_BhwZ - f_BhwZ),
+    loss,
+    tokens_BL,
+    stop(mean_square(f_BhwZ)),
+    stop(jnp.stack(codes_S)),
+  )
 
 
 def _flatten(x_BijZ):

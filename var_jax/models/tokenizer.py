@@ -115,8 +115,14 @@ class Tokenizer(nn.Module):
     # NumPy parameters are fine too: a NumPy array takes no traced index.
     self.quantize = QuantizerParams(jnp.asarray(codebook), kernel, bias)
 
-  def __call__(self, image_BHW3: jax.Array) -> tuple[jax.Array, Quantized]:
-    """Return the reconstruction, not clipped, with training gradients."""
+  def __call__(
+    self, image_BHW3: jax.Array, kept_B: jax.Array | None = None
+  ) -> tuple[jax.Array, Quantized]:
+    """Return the reconstruction, not clipped, with training gradients.
+
+    Args:
+      kept_B: scales that each is made of, see `quantize_for_training`.
+    """
     cfg = self.cfg
     quantized = quantizer.quantize_for_training(
       self.to_latent(image_BHW3),
@@ -125,6 +131,7 @@ class Tokenizer(nn.Module):
       cfg.quant_resi,
       cfg.distance,
       cfg.beta,
+      kept_B,
     )
     return self.to_image(quantized.f_hat_BhwZ), quantized
 

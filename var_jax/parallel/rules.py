@@ -53,6 +53,9 @@ PARAM_AXES = (
   (r"phi_bias", ("phis", "latent_out")),
   (r"codebook", ("vocab", "latent")),
   (r"code_hits_SV", ("scales", "vocab")),
+  (r"explained_S", ("scales",)),
+  (r"patch_\w+/kernel", ("i", "j", "channels_in", "channels_out")),
+  (r"patch_\w+/(bias|scale)", ("channels_out",)),
 )
 
 # What is not here is not split. Activations call their D "embed", so that it

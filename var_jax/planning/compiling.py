@@ -58,7 +58,7 @@ def train_step(training: VARTraining | TokenizerTraining):
   config, mesh = training.config, training.mesh
   batch = batch_like(training)
   if isinstance(training, TokenizerTraining):
-    return training.step.lower(training.like, None, batch)
+    return training.step.lower(training.like, training.frozen_like, batch)
   last = training.stage_of(config.steps - 1)
   frozen = _tokenizer_like(training.tokenizer, mesh)
   return training.step(last).lower(training.like, frozen, batch)

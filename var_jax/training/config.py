@@ -6,7 +6,10 @@ import ml_collections
 from ml_collections import config_dict
 
 from var_jax.parallel.mesh import MeshConfig
+from var_jax.training.adversary import AdversaryConfig
+from var_jax.training.codes import CollapseConfig
 from var_jax.training.guard import GuardConfig
+from var_jax.training.optim import OptimizerConfig
 from var_jax.training.progressive import ProgressiveConfig
 
 
@@ -44,6 +47,14 @@ def run_config(kind: str) -> ml_collections.ConfigDict:
   config.keep_checkpoints = 2  # the newest ones
   config.keep_best = 0  # those of the lowest held-out loss
   config.keep_every = 0  # steps; 0 keeps no others
+  if kind == "tokenizer":
+    config.train_only = "all"  # or decoder, quantizer: to fine-tune a part
+    config.lpips_path = ""  # what `var-jax convert --lpips` wrote
+    config.collapse = section(CollapseConfig)
+    config.adversary = section(AdversaryConfig)
+    config.adversary_optimizer = section(
+      OptimizerConfig, b1=0.5, b2=0.9, weight_decay=0.0
+    )
   if kind == "var":
     config.attention = "auto"  # or plain, splash (TPU), cudnn (GPU)
     config.tokenizer_path = ""  # the workdir of a trained tokenizer

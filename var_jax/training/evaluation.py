@@ -45,11 +45,11 @@ def evaluate(
     flat = flatten_dict(sums, sep="/")
     count += float(flat.pop("count"))
     for name, value in flat.items():
-      totals[name] = totals.get(name, 0.0) + np.float64(value)
+      totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
   if not count:
     raise ValueError(
       "all held-out samples are broken, so nothing is measured; repair "
       "data.eval_source, or set eval_every=0."
     )
   means = {name: total / count for name, total in totals.items()}
-  return unflatten_dict(means, sep="/")
+  return run.program.summary(unflatten_dict(means, sep="/"))

@@ -8,6 +8,7 @@ policy: it reads the metric "skipped", a step late, and need not wait for it.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,15 +58,18 @@ def judge(
   loss: jax.Array,
   grads,
   updates,
+  also: Any = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Return `after`, or `before` with its clock, and how large the step was.
 
   Args:
     loss: of a token or pixel, so that a batch with more of them is no spike.
     updates: what the optimiser added to the parameters.
+    also: a tree that must be finite too.
   """
   grad_norm = optax.tree.norm(grads)
-  refused = is_refused(cfg, before, loss, grad_norm)
+  finite = jnp.isfinite(optax.tree.norm(also))
+  refused = is_refused(cfg, before, loss, grad_norm) | ~finite
   after = after.replace(running_loss=running_mean(cfg, before, loss))
   state = jax.tree.map(
     lambda old, new: jnp.where(refused, old, new), before, after

@@ -80,10 +80,13 @@ def sample_metrics(
 
 
 def sum_of_real(of_samples, real_B: jax.Array) -> dict[str, jax.Array]:
-  """Return the sums of [B] measures over real samples, and their "count"."""
-  sums = jax.tree.map(
-    lambda x_B: jnp.sum(jnp.where(real_B, x_B, 0.0)), of_samples
-  )
+  """Return the sums of [B, ..] measures of real samples, and their "count"."""
+
+  def total(x_B):
+    real = real_B.reshape(-1, *[1] * (x_B.ndim - 1))
+    return jnp.sum(jnp.where(real, x_B, 0.0), axis=0)
+
+  sums = jax.tree.map(total, of_samples)
   return {**sums, "count": jnp.sum(real_B.astype(jnp.float32))}
 
 

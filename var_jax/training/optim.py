@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import flax.traverse_util
 import jax
@@ -63,13 +64,36 @@ class OptimizerConfig:
         raise ValueError(f"{name} {value} is negative; 0 turns it off.")
 
 
+# Of a tokenizer that is fine-tuned, by path.
+PARTS = {
+  "all": r".*",
+  "decoder": r"(decoder|post_quant_conv)/.*",
+  "quantizer": r"codebook|phi_kernel|phi_bias",
+}
+
+
+def only(part: str, tree: Any) -> Any:
+  """Return gradients or updates with 0 for all but a part of a tokenizer."""
+  if part == "all":
+    return tree
+  flat = flax.traverse_util.flatten_dict(tree["params"], sep="/")
+  kept = {
+    path: leaf if re.fullmatch(PARTS[part], path) else jnp.zeros_like(leaf)
+    for path, leaf in flat.items()
+  }
+  return {"params": flax.traverse_util.unflatten_dict(kept, sep="/")}
+
+
 def make_optimizer(
-  cfg: OptimizerConfig, *, steps: int, batch_size: int
+  cfg: OptimizerConfig, *, steps: int, batch_size: int, part: str = "all"
 ) -> optax.GradientTransformationExtraArgs:
   """Return the optimiser of a run of `steps` steps.
 
   Its update takes the clock as `step=`, and the rates follow that: where an
   update is refused the moments stand still and the schedule does not.
+
+  Args:
+    part: one of PARTS, that alone moves.
   """
   adamw = optax.chain(
     optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
@@ -80,7 +104,12 @@ def make_optimizer(
   clip = optax.identity()
   if cfg.clip_norm:
     clip = optax.clip_by_global_norm(cfg.clip_norm)
-  return optax.chain(clip, adamw)
+  if part == "all":
+    return optax.chain(clip, adamw)
+  # Or what is not trained would still decay.
+  return optax.chain(
+    clip, adamw, optax.stateless(lambda updates, _: only(part, updates))
+  )
 
 
 def _decay_and_scale(rate: Schedule, decay: Schedule):

@@ -41,6 +41,7 @@ class Program(NamedTuple):
   step: Callable[..., tuple[TrainState, Mapping]]  # (state, batch, stage)
   stage: Callable[[int], int | None]  # of progressive training; None: all
   evaluate: Callable[[Any, Mapping], Mapping]  # sums over a batch
+  summary: Callable[[Mapping], Mapping]  # numbers, of means over all samples
   pictures: Callable[..., Mapping[str, np.ndarray]]  # (run, state)
   prepare: Callable[[], None]  # writes what a new workdir needs
   tokenizer_checksum: Callable[[], str]
@@ -115,11 +116,11 @@ def averaged(state: TrainState) -> Any:
   return state.params if state.ema is None else state.ema
 
 
-def optimizer(config):
+def optimizer(config, part: str = "all"):
   """Return the optimiser, and what both steps are made with besides it."""
   cfg = build(optim.OptimizerConfig, config.optimizer)
   how = dict(steps=config.steps, batch_size=config.data.batch_size)
-  return optim.make_optimizer(cfg, **how), dict(
+  return optim.make_optimizer(cfg, **how, part=part), dict(
     ema_decay=config.ema_decay,
     seed=config.seed,
     accumulate=config.accumulate,

@@ -17,7 +17,11 @@ class TrainState:
   opt_state: optax.OptState
   running_loss: jax.Array  # of the steps not refused; 0 before the first
   ema: Any = None  # of params; None where it is off
-  code_hits_SV: jax.Array | None = None  # tokenizer only: draws of each code
+  # Of a tokenizer only.
+  code_hits_SV: jax.Array | None = None  # running count of draws
+  explained_S: jax.Array | None = None  # of the energy that reaches a scale
+  rate: jax.Array | None = None  # that the learning rate is multiplied by
+  adversary: Any = None  # a discriminator's state; None where there is none
 
   @classmethod
   def create(cls, params, optimizer, *, use_ema: bool, **fields):
@@ -38,6 +42,8 @@ class TrainState:
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
       grads, self.opt_state, self.params, step=self.step
     )
+    if self.rate is not None:
+      updates = jax.tree.map(lambda u: self.rate * u, updates)
     params = optax.apply_updates(self.params, updates)
     ema = self.ema
     if ema is not None:

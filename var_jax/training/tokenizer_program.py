@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from etils import epath
 
-from var_jax.checkpoints import weights
+from var_jax.checkpoints import lpips, weights
 from var_jax.data import pipeline
 from var_jax.parallel import mesh as mesh_lib
-from var_jax.training import pictures, programs, warm_start
+from var_jax.training import pictures, programs, tokenizer_eval, warm_start
 from var_jax.training.state import TrainState
 from var_jax.training.tokenizer_training import TokenizerTraining
 
@@ -16,6 +17,10 @@ from var_jax.training.tokenizer_training import TokenizerTraining
 def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
   """Return the program of a config."""
   training = TokenizerTraining.of(config, mesh)
+  frozen = {}
+  if config.lpips_path:
+    where = mesh_lib.replicated(mesh)
+    frozen["lpips"] = jax.device_put(lpips.read(config.lpips_path), where)
 
   def start() -> TrainState:
     if not config.init_from:
@@ -50,9 +55,10 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     description=programs.describe(config, source, workdir, training.cfg, None),
     init=start,
     like=training.like,
-    step=lambda state, batch, stage: training.step(state, None, batch),
+    step=lambda state, batch, stage: training.step(state, frozen, batch),
     stage=training.stage_of,
-    evaluate=lambda params, batch: training.evaluate(params, None, batch),
+    evaluate=lambda params, batch: training.evaluate(params, frozen, batch),
+    summary=tokenizer_eval.summary,
     pictures=draw,
     prepare=lambda: None,
     tokenizer_checksum=lambda: "",

@@ -1,47 +1,77 @@
-"""One training step of the tokenizer: L2, commitment, living codes.
+"""One training step of the tokenizer, and of what it plays against.
 
-loss = |image - reconstruction|^2 + quantiser loss (paper eq. 5, without
-the perceptual and adversarial terms)
+    loss = L2 + L1 + quantiser loss + LPIPS + adversary     (paper eq. 5)
+
+each with its weight. All of it looks at one reconstruction: the gradients of
+the image are added up before they go back through the tokenizer, and the
+discriminator is trained beside it on the same images.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from var_jax.models import quantizer
+from var_jax.models import perceptual
 from var_jax.models.layers import mean_square
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.training import losses, optim
+from var_jax.training import adversary_step, codes, optim
 from var_jax.training.accumulation import mean_over_parts
+from var_jax.training.adversary_step import Against
+from var_jax.training.codes import CollapseConfig
 from var_jax.training.guard import GuardConfig, judge
-from var_jax.training.state import TrainState, step_key, to_float_images
+from var_jax.training.state import (
+  TrainState,
+  sample_keys,
+  step_key,
+  to_float_images,
+)
 
-REVIVAL = 3  # what the key is for, see var_step
+# What a key is for, see var_step.
+REVIVAL, SCALE_DROPOUT = 3, 4
 
 _GUARD = GuardConfig()
+_COLLAPSE = CollapseConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerLossConfig:
   """Args:
+  l2_weight, l1_weight: of the mean square and absolute difference of pixels.
   quantizer_weight: of the quantiser loss.
+  lpips_weight: of the perceptual distance; needs config.lpips_path.
+  scale_dropout: share of samples that are decoded from their first scales
+    only, from 1 to S-1 of them, so that coarse scales carry meaning.
   revive_every: steps between looks for dead codes, the first one before the
     first step; 0 never looks.
   revive_below: share of an even use below which a code is dead.
+  kmeans_rounds: that the first codes are found with, where there is a look
+    before the first step.
   """
 
+  l2_weight: float = 1.0
+  l1_weight: float = 0.0
   quantizer_weight: float = 1.0
+  lpips_weight: float = 0.0
+  scale_dropout: float = 0.0
   revive_every: int = 0
   revive_below: float = 0.03
+  kmeans_rounds: int = 0
 
   def __post_init__(self):
-    for name in ("quantizer_weight", "revive_every", "revive_below"):
-      if getattr(self, name) < 0:
+    for field in dataclasses.fields(self):
+      if getattr(self, field.name) < 0:
         raise ValueError(
-          f"{name} {getattr(self, name)} is negative; 0 turns it off."
+          f"{field.name} {getattr(self, field.name)} is negative; 0 turns it "
+          "off."
         )
+    if self.scale_dropout > 1.0:
+      raise ValueError(
+        f"scale_dropout {self.scale_dropout} is above 1; it is a share."
+      )
 
 
 def init_params(tokenizer: Tokenizer, key: jax.Array):
@@ -59,66 +89,89 @@ def make_step(
   seed: int,
   accumulate: int = 1,
   guard: GuardConfig = _GUARD,
+  collapse: CollapseConfig = _COLLAPSE,
+  against: Against | None = None,
   schedules: optim.Schedules | None = None,
+  trained: str = "all",
 ):
-  """Return step(state, batch) -> (state, metrics).
+  """Return step(state, frozen, batch) -> (state, metrics).
+
+  A batch has "image" uint8 [B, H, W, 3], and "position" uint32 [B] where
+  anything random is asked of a sample. `frozen` is {"lpips": weights} where
+  LPIPS has a weight.
 
   Args:
     accumulate: parts that the batch is taken in, one after another; dead
-      codes are looked for in the whole batch.
+      codes are looked for in the whole batch, and each part has an adaptive
+      weight of its own.
+    against: the discriminator, whose state is `state.adversary`.
     schedules: reported as learning_rate and weight_decay.
+    trained: one of `optim.PARTS`; the rest has gradients of 0.
   """
   scales, V = tokenizer.cfg.schedule, tokenizer.cfg.vocab_size
 
-  def step(state: TrainState, batch):
+  def step(state: TrainState, frozen, batch):
     before = state
-    if cfg.revive_every:
-      key = step_key(seed, REVIVAL, state.step)
-      image_BHW3 = to_float_images(batch["image"])
-      state = jax.lax.cond(
-        state.step % cfg.revive_every == 0,
-        lambda state: _revive(tokenizer, cfg, state, image_BHW3, key),
-        lambda state: state,
-        state,
-      )
+    state, collapsed_S = _tend(tokenizer, cfg, collapse, seed, state, batch)
 
     def gradients(part, number):
-      """Return (gradients, metrics, draws of each code) of a part."""
+      """Return (gradients, those of D, metrics, draws of each code)."""
       image_BHW3 = to_float_images(part["image"])
+      kept_B = _kept_scales(part, cfg.scale_dropout, len(scales), seed)
 
-      def loss_fn(params):
-        reconstruction_BHW3, quantized = tokenizer.apply(params, image_BHW3)
-        l2 = mean_square(reconstruction_BHW3 - image_BHW3)
-        loss = l2 + cfg.quantizer_weight * quantized.loss
-        return loss, (l2, quantized)
+      def generate(params):
+        again_BHW3, quantized = tokenizer.apply(params, image_BHW3, kept_B)
+        return (again_BHW3, quantized.loss), quantized
 
-      (loss, (l2, quantized)), grads = jax.value_and_grad(
-        loss_fn, has_aux=True
-      )(state.params)
-      metrics = {
+      (again_BHW3, _), pull, quantized = jax.vjp(
+        generate, state.params, has_aux=True
+      )
+      # Of pixels and features; its gradient is of the image.
+      compare = _compare(cfg, frozen, image_BHW3)
+      (rest, metrics), image_grad = jax.value_and_grad(compare, has_aux=True)(
+        again_BHW3
+      )
+      adversary_grads = ()
+      if against is not None:
+        listened = (state.adversary, image_BHW3, again_BHW3)
+        image_grad, adversary_grads, of_adversary = adversary_step.play(
+          against, seed, part, state.step, listened, image_grad, pull
+        )
+        metrics |= of_adversary
+      (grads,) = pull((image_grad, jnp.float32(cfg.quantizer_weight)))
+      grads = optim.only(trained, grads)
+      loss = rest + cfg.quantizer_weight * quantized.loss
+      metrics |= {
         "loss": loss,
-        "l2": l2,
         "quantizer_loss": quantized.loss,
         "residual_energy": _per_scale(quantized.residual_energy_S),
       }
-      return grads, metrics, count_codes(quantized.tokens_BL, scales, V)
+      explained_S = codes.explained(
+        quantized.latent_energy, quantized.residual_energy_S
+      )
+      hits_SV = codes.count_codes(quantized.tokens_BL, scales, V)
+      return grads, adversary_grads, metrics, hits_SV, explained_S
 
-    grads, metrics, hits_SV = mean_over_parts(gradients, batch, accumulate)
-    # VAR: the first count as it is, then a short memory, then a long one.
-    decay = jnp.where(state.step < 100, 0.9, 0.99)
-    decay = jnp.where(state.step == 0, 0.0, decay)
-    hits_SV = optax.incremental_update(
-      accumulate * hits_SV, state.code_hits_SV, 1.0 - decay
+    grads, adversary_grads, metrics, hits_SV, explained_S = mean_over_parts(
+      gradients, batch, accumulate
     )
     after, updates = state.apply_gradients(grads, optimizer, ema_decay)
-    after = after.replace(code_hits_SV=hits_SV)
+    after = codes.counted(after, state.step, accumulate * hits_SV, explained_S)
+    if against is not None:
+      after = adversary_step.advance(
+        against, state, after, adversary_grads, metrics
+      )
     # A refused step leaves no trace, revived codes included.
-    after, health = judge(guard, before, after, metrics["loss"], grads, updates)
+    after, health = judge(
+      guard, before, after, metrics["loss"], grads, updates, adversary_grads
+    )
     area = batch["image"].shape[0] * scales.grid[0] * scales.grid[1]
     return after, {
       **metrics,
       "psnr": _psnr(metrics["l2"]),
-      "code_usage": _per_scale(code_usage(hits_SV, area)),
+      "code_usage": _per_scale(codes.code_usage(after.code_hits_SV, area)),
+      "explained": _per_scale(explained_S),
+      "collapsed": _per_scale(collapsed_S.astype(jnp.float32)),
       **health,
       **optim.rates(schedules, state.step),
     }
@@ -126,25 +179,77 @@ def make_step(
   return step
 
 
-def make_eval_step(tokenizer: Tokenizer):
-  """Return eval_step(params, batch) -> sums over samples.
+def _tend(
+  tokenizer, cfg, collapse, seed, state, batch
+) -> tuple[TrainState, jax.Array]:
+  """Look after the codes before a step; return also what collapses, [S]."""
+  image_BHW3 = to_float_images(batch["image"])
+  key = step_key(seed, REVIVAL, state.step)
+  collapsed_S = codes.collapsed(collapse, state)
+  found = jnp.any(collapsed_S)
+  if cfg.revive_every:
 
-  A batch has "image" uint8 [B, H, W, 3] and "real" [B]: False for what only
-  fills the batch. The sums are of l2, quantizer_loss, psnr (each image's, in
-  dB) and "count".
-  """
+    def start(state):
+      return codes.start_from_data(
+        tokenizer, state, image_BHW3, key, cfg.kmeans_rounds
+      )
 
-  def measure(params, image_HW3):
-    reconstruction_1HW3, quantized = tokenizer.apply(params, image_HW3[None])
-    l2 = mean_square(reconstruction_1HW3 - image_HW3)
-    return {"l2": l2, "quantizer_loss": quantized.loss, "psnr": _psnr(l2)}
+    def revive(state):
+      dead_V = codes.dead(state, cfg.revive_below)
+      return codes.move_dead(tokenizer, state, image_BHW3, key, dead_V)
 
-  def eval_step(params, batch):
-    image_BHW3 = to_float_images(batch["image"])
-    of_samples = jax.vmap(measure, in_axes=(None, 0))(params, image_BHW3)
-    return losses.sum_of_real(of_samples, batch["real"])
+    time = state.step % cfg.revive_every == 0
+    which = jnp.where(time, jnp.where(state.step == 0, 1, 2), 0)
+    state = jax.lax.switch(which, [lambda state: state, start, revive], state)
+  if collapse.policy == "revive":
 
-  return eval_step
+    def restore(state):
+      moved_V = codes.least_used(state, cfg.revive_below)
+      return codes.move_dead(
+        tokenizer, state, image_BHW3, key, moved_V, collapsed_S
+      )
+
+    state = jax.lax.cond(found, restore, lambda state: state, state)
+  elif collapse.policy == "lower":
+    state = state.replace(
+      rate=jnp.where(found, codes.lowered(state).rate, state.rate)
+    )
+  return state, collapsed_S
+
+
+def _kept_scales(part, rate: float, count: int, seed: int) -> jax.Array | None:
+  """Return how many scales each sample is decoded from; None for all."""
+  if not rate or count == 1:
+    return None
+
+  def of_sample(key):
+    drop_key, keep_key = jax.random.split(key)
+    kept = jax.random.randint(keep_key, (), 1, count)
+    return jnp.where(jax.random.bernoulli(drop_key, rate), kept, count)
+
+  keys_B = sample_keys(seed, SCALE_DROPOUT, part["position"])
+  return jax.vmap(of_sample)(keys_B)
+
+
+def _compare(cfg, frozen, image_BHW3) -> Callable[[jax.Array], Any]:
+  """Return what compares a reconstruction with the image: (loss, metrics)."""
+
+  def compare(again_BHW3):
+    apart_BHW3 = again_BHW3 - image_BHW3
+    metrics = {"l2": mean_square(apart_BHW3)}
+    loss = cfg.l2_weight * metrics["l2"]
+    if cfg.l1_weight:
+      of_images_B = jnp.mean(jnp.abs(apart_BHW3), axis=(1, 2, 3))
+      metrics["l1"] = jnp.mean(of_images_B)
+      loss += cfg.l1_weight * metrics["l1"]
+    if cfg.lpips_weight:
+      metrics["lpips"] = jnp.mean(
+        perceptual.distance(frozen["lpips"], again_BHW3, image_BHW3)
+      )
+      loss += cfg.lpips_weight * metrics["lpips"]
+    return loss, metrics
+
+  return compare
 
 
 def _psnr(l2: jax.Array) -> jax.Array:
@@ -154,53 +259,3 @@ def _psnr(l2: jax.Array) -> jax.Array:
 
 def _per_scale(values_S: jax.Array) -> dict[str, jax.Array]:
   return {str(s): values_S[s] for s in range(values_S.shape[0])}
-
-
-def count_codes(tokens_BL: jax.Array, scales, vocab_size: int) -> jax.Array:
-  """Return how often each scale drew each code, float32 [S, V]."""
-  counts = [
-    jnp.bincount(
-      tokens_BL[:, scales.start(s) : scales.end(s)].ravel(), length=vocab_size
-    )
-    for s in range(len(scales))
-  ]
-  return jnp.stack(counts).astype(jnp.float32)
-
-
-def code_usage(hits_SV: jax.Array, cells: int) -> jax.Array:
-  """Return the share of codes in use at each scale, percent [S].
-
-  VAR: a code counts from 8% of an even use of the finest scale on.
-
-  Args:
-    cells: latent cells of a batch, B h w.
-  """
-  enough = cells / hits_SV.shape[1] * 0.08
-  return 100.0 * jnp.mean(hits_SV >= enough, axis=1)
-
-
-def _revive(tokenizer, cfg, state, image_BHW3, key) -> TrainState:
-  """Move dead codes onto vectors that this batch asks the codebook for."""
-  params = state.params["params"]
-  f_BhwZ = tokenizer.apply(state.params, image_BHW3, method="to_latent")
-  _, f_hats = tokenizer.apply(state.params, f_BhwZ, method="quantize_latent")
-  wanted_BLZ = quantizer.wanted_vectors(f_BhwZ, f_hats, tokenizer.cfg.schedule)
-  wanted_MZ = wanted_BLZ.reshape(-1, wanted_BLZ.shape[-1])
-  pick_key, noise_key = jax.random.split(key)
-  codebook_VZ = params["codebook"]
-  picks_VZ = jax.random.choice(
-    pick_key, wanted_MZ, codebook_VZ.shape[:1], replace=True
-  )
-  # Two codes that land on one vector must be able to part.
-  spread_Z = 0.01 * jnp.std(wanted_MZ, axis=0)
-  picks_VZ += spread_Z * jax.random.normal(noise_key, picks_VZ.shape)
-  hits_V = jnp.sum(state.code_hits_SV, axis=0)
-  even = jnp.sum(hits_V) / hits_V.shape[0]
-  # Before the first step nothing was drawn yet: all codes start from data.
-  dead_V = (hits_V < cfg.revive_below * even) | (state.step == 0)
-  codebook_VZ = jnp.where(dead_V[:, None], picks_VZ, codebook_VZ)
-  revived = {**state.params, "params": {**params, "codebook": codebook_VZ}}
-  # Revived codes get an even share, or they would be dead next time too.
-  share = jnp.where(even > 0, even / len(tokenizer.cfg.scales), 0.0)
-  hits_SV = jnp.where(dead_V, share, state.code_hits_SV)
-  return state.replace(params=revived, code_hits_SV=hits_SV)

@@ -12,9 +12,20 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from var_jax.models import perceptual
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.parallel import mesh as mesh_lib
 from var_jax.parallel import rules
-from var_jax.training import flops, programs, tokenizer_step
+from var_jax.training import (
+  adversary,
+  adversary_step,
+  codes,
+  flops,
+  optim,
+  programs,
+  tokenizer_eval,
+  tokenizer_step,
+)
 from var_jax.training.state import TrainState
 
 
@@ -35,8 +46,42 @@ class TokenizerTraining:
     cfg = programs.build(TokenizerConfig, config.model)
     made = cls(config, mesh, programs.with_dtype(cfg, mesh))
     # What makes no sense is said before anything is written.
-    made._loss, made.like  # noqa: B018
+    made._check()
+    made.like  # noqa: B018
     return made
+
+  def _check(self) -> None:
+    config, loss, against = self.config, self._loss, self._against
+    part = config.train_only
+    if part not in optim.PARTS:
+      raise ValueError(
+        f"train_only {part!r} is not known; use one of "
+        f"{', '.join(optim.PARTS)}."
+      )
+    if part == "decoder" and (
+      loss.revive_every or self._collapse.policy == "revive"
+    ):
+      raise ValueError(
+        "train_only 'decoder' keeps the codes, and they are to be revived; set "
+        "loss.revive_every=0 and collapse.policy=report."
+      )
+    if loss.lpips_weight and not config.lpips_path:
+      raise ValueError(
+        f"loss.lpips_weight {loss.lpips_weight} needs weights; convert the "
+        "public files of VGG16 and lpips with `var-jax convert --lpips` "
+        "(docs/tokenizer.md says where they are) and set lpips_path."
+      )
+    side = min(self.cfg.image_shape)
+    if loss.lpips_weight and side < perceptual.MIN_SIDE:
+      raise ValueError(
+        f"images of {side} pixels are too small for LPIPS, which needs "
+        f"{perceptual.MIN_SIDE}; set loss.lpips_weight=0."
+      )
+    if against and side < 2**against.cfg.layers:
+      raise ValueError(
+        f"adversary.layers {against.cfg.layers} halve images of {side} pixels "
+        "to nothing; use fewer."
+      )
 
   @property
   def tokenizer(self) -> Tokenizer:
@@ -44,12 +89,34 @@ class TokenizerTraining:
 
   @functools.cached_property
   def _optimizer(self):
-    return programs.optimizer(self.config)
+    return programs.optimizer(self.config, self.config.train_only)
 
   @functools.cached_property
   def _loss(self) -> tokenizer_step.TokenizerLossConfig:
     cls = tokenizer_step.TokenizerLossConfig
     return programs.build(cls, self.config.loss)
+
+  @functools.cached_property
+  def _collapse(self) -> codes.CollapseConfig:
+    return programs.build(codes.CollapseConfig, self.config.collapse)
+
+  @functools.cached_property
+  def _against(self) -> adversary_step.Against | None:
+    cfg = programs.build(adversary.AdversaryConfig, self.config.adversary)
+    if not cfg.weight:
+      return None
+    optimizer = programs.build(
+      optim.OptimizerConfig, self.config.adversary_optimizer
+    )
+    return adversary_step.Against(
+      cfg,
+      adversary.make_discriminator(cfg, self.cfg.dtype),
+      optim.make_optimizer(
+        optimizer,
+        steps=self.config.steps,
+        batch_size=self.config.data.batch_size,
+      ),
+    )
 
   @functools.cached_property
   def like(self) -> TrainState:
@@ -64,12 +131,18 @@ class TokenizerTraining:
   def create(self, params: Any) -> TrainState:
     """Return the state before the first step."""
     optimizer, _ = self._optimizer
-    hits_SV = jnp.zeros((len(self.cfg.schedule), self.cfg.vocab_size))
+    S, against = len(self.cfg.schedule), None
+    if self._against:
+      key = jax.random.fold_in(programs.init_key(self.config), 1)
+      against = adversary_step.init(self._against, self.tokenizer, key)
     return TrainState.create(
       params,
       optimizer,
       use_ema=self.config.ema_decay > 0,
-      code_hits_SV=hits_SV,
+      code_hits_SV=jnp.zeros((S, self.cfg.vocab_size)),
+      explained_S=jnp.zeros(S),
+      rate=jnp.ones(()),
+      adversary=against,
     )
 
   def placed(self, create, *args) -> TrainState:
@@ -78,22 +151,39 @@ class TokenizerTraining:
 
   @functools.cached_property
   def step(self) -> rules.Jit:
-    """The program (state, None, batch)."""
+    """The program (state, frozen, batch); `frozen` is as `frozen_like`."""
     optimizer, settings = self._optimizer
     step = tokenizer_step.make_step(
-      self.tokenizer, optimizer, self._loss, **settings
+      self.tokenizer,
+      optimizer,
+      self._loss,
+      collapse=self._collapse,
+      against=self._against,
+      trained=self.config.train_only,
+      **settings,
     )
-    return programs.compiled_step(
-      lambda state, nothing, batch: step(state, batch), self.mesh, self.like
-    )
+    return programs.compiled_step(step, self.mesh, self.like)
+
+  @property
+  def frozen_like(self) -> dict[str, Any]:
+    """The shapes of what is not trained: LPIPS, where it has a path."""
+    if not self.config.lpips_path:
+      return {}
+    where = mesh_lib.replicated(self.mesh)
+    return {
+      "lpips": {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+        for name, shape in perceptual.shapes().items()
+      }
+    }
 
   @functools.cached_property
   def evaluate(self) -> rules.Jit:
-    """The program (parameters, None, batch) of sums."""
-    sums = tokenizer_step.make_eval_step(self.tokenizer)
-    return programs.compiled_sums(
-      lambda params, nothing, batch: sums(params, batch), self.mesh, self.like
+    """The program (parameters, frozen, batch) of sums."""
+    sums = tokenizer_eval.make_eval_step(
+      self.tokenizer, with_lpips=bool(self.config.lpips_path)
     )
+    return programs.compiled_sums(sums, self.mesh, self.like)
 
   def stage_of(self, step: int) -> None:
     """Return None: a tokenizer's training has no stages."""

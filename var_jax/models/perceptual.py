@@ -1,0 +1,90 @@
+"""LPIPS, a distance of images by what VGG16 sees (1801.03924).
+
+    d(x, y) = sum_l mean_hw  w_l . (f_l(x)/|f_l(x)| - f_l(y)/|f_l(y)|)^2
+
+f_l are the features after the last ReLU before each of VGG16's poolings and at
+its end, w_l learned weights of channels. The weights are public and not part of
+this project: `var-jax convert --lpips` makes a folder of them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from var_jax.models import layers
+
+# Convolutions before each tap, and their channels.
+BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+MIN_SIDE = 16  # of an image: it is halved four times
+
+# Of the images the distance was learned with, in [-1, 1].
+_MEAN_3 = (-0.030, -0.088, -0.188)
+_STD_3 = (0.458, 0.448, 0.450)
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+  """Return the shapes of all weights: conv{i}_kernel, conv{i}_bias, head{l}."""
+  found, width, i = {}, 3, 0
+  for l, (convs, channels) in enumerate(BLOCKS):
+    for _ in range(convs):
+      found[f"conv{i}_kernel"] = (3, 3, width, channels)
+      found[f"conv{i}_bias"] = (channels,)
+      width, i = channels, i + 1
+    found[f"head{l}"] = (channels,)
+  return found
+
+
+def distance(
+  weights: Mapping[str, jax.Array],
+  x_BHW3: jax.Array,
+  y_BHW3: jax.Array,
+  dtype: Any = jnp.float32,
+) -> jax.Array:
+  """Return the distance of each pair of images in [-1, 1], float32 [B].
+
+  Args:
+    weights: as `shapes` has them.
+    dtype: of the inputs of convolutions.
+  """
+  B = len(x_BHW3)
+  images_CHW3 = jnp.concatenate([x_BHW3, y_BHW3])
+  total_B = jnp.zeros(B)
+  for l, f_CijF in enumerate(_features(weights, images_CHW3, dtype)):
+    f_CijF = f_CijF.astype(jnp.float32)
+    f_CijF /= _length(f_CijF) + 1e-10
+    apart_BijF = jnp.square(f_CijF[:B] - f_CijF[B:])
+    total_B += jnp.mean(apart_BijF @ weights[f"head{l}"], axis=(1, 2))
+  return total_B
+
+
+def _length(f_CijF: jax.Array) -> jax.Array:
+  """Return the length of each vector of channels, with a gradient of 0 at 0."""
+  squared_Cij1 = jnp.sum(jnp.square(f_CijF), axis=-1, keepdims=True)
+  somewhere_Cij1 = squared_Cij1 > 0
+  root_Cij1 = jnp.sqrt(jnp.where(somewhere_Cij1, squared_Cij1, 1.0))
+  return jnp.where(somewhere_Cij1, root_Cij1, 0.0)
+
+
+def _features(weights, images_CHW3, dtype):
+  """Yield what VGG16 sees at each tap, [C, i, j, F]."""
+  x = (images_CHW3 - jnp.asarray(_MEAN_3)) / jnp.asarray(_STD_3)
+  i = 0
+  for l, (convs, _) in enumerate(BLOCKS):
+    if l:
+      x = jax.lax.reduce_window(
+        x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+      )
+    for _ in range(convs):
+      x = jax.lax.conv_general_dilated(
+        x.astype(dtype),
+        weights[f"conv{i}_kernel"].astype(dtype),
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=layers.matmul_precision(dtype),
+      )
+      x = jax.nn.relu(x + weights[f"conv{i}_bias"].astype(dtype))
+      i += 1
+    yield x
