@@ -19,7 +19,7 @@ from var_jax.models import quantizer
 from var_jax.models.scales import ScaleSchedule
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.models.vae import Decoder, Encoder
-from var_jax.training import tokenizer_step
+from var_jax.training import codes
 from var_jax.training.state import to_float_images
 
 # float32 needs less than half of this here; 1e-4 is what all goldens may take.
@@ -227,7 +227,7 @@ def test_code_usage_equals_the_recorded_one(share, cosine):
   hits_SV = golden_files.state_dict("vae_tiny.pth.xz")[
     "quantize.ema_vocab_hit_SV"
   ]
-  usage_S = tokenizer_step.code_usage(jnp.asarray(hits_SV), 2 * 4 * 4)
+  usage_S = codes.code_usage(jnp.asarray(hits_SV), 2 * 4 * 4)
   assert_close(usage_S, recorded(share, cosine)["tr_usages"], tolerance=1e-6)
 
 

@@ -76,6 +76,10 @@ def tokenizer(tmp_path_factory):
   config = tokenizer_presets.get_config("tiny")
   config.data.batch_size = 16
   config.eval_every, config.eval_samples = 1, 20
+  config.loss.update(kmeans_rounds=2, scale_dropout=0.3)
+  config.adversary.update(
+    weight=0.1, lecam=0.1, channels=8, layers=2, norm_groups=4
+  )
   return results(folder, config, MESHES[-2:])
 
 

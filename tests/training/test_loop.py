@@ -19,7 +19,11 @@ def tokenizer_config(steps=6):
   config.steps = steps
   config.data.batch_size = 8
   config.data.transform = "jitter"
-  config.loss.revive_every = 2
+  config.loss.update(revive_every=2, kmeans_rounds=2, scale_dropout=0.3)
+  config.collapse.update(policy="revive", every=2, min_perplexity=4.0)
+  config.adversary.update(
+    weight=0.1, start=2, lecam=0.1, channels=8, layers=2, norm_groups=4
+  )
   config.log_every, config.checkpoint_every = 1, 2
   config.keep_checkpoints = 10
   return config

@@ -30,7 +30,7 @@ def convert(lpips: str, output: epath.PathLike, vgg: str | None = None) -> None:
   if vgg is not None:
     tensors |= tensor_files.read_tensors(vgg)
   where = lpips if vgg is None else f"{lpips} and {vgg}"
-  weights = _from_torch(tensors, where)
+  weights = from_torch(tensors, where)
   with files.new_folder(output) as folder:
     tensor_files.write_safetensors(folder / _NAME, weights)
     checksums.write(folder)
@@ -58,7 +58,12 @@ def read(folder: epath.PathLike) -> dict[str, np.ndarray]:
   return found
 
 
-def _from_torch(tensors: Mapping, where: str) -> dict[str, np.ndarray]:
+def from_torch(tensors: Mapping, where: str) -> dict[str, np.ndarray]:
+  """Return the weights of a state dict; `where` is what messages call it.
+
+  Raises:
+    ValueError: a weight is missing, or has another shape.
+  """
   weights = {}
   for name, shape in perceptual.shapes().items():
     pattern, axes = _official(name)

@@ -92,12 +92,16 @@ def perplexity(hits_SV: jax.Array) -> jax.Array:
 def explained(latent_energy: jax.Array, residual_S: jax.Array) -> jax.Array:
   """Return the share of the energy that reaches a scale which it explains.
 
+  It is negative where a scale does harm, and not below -1.
+
   Args:
     latent_energy: mean square of f.
     residual_S: of what each scale leaves of it.
   """
   reaches_S = jnp.concatenate([latent_energy[None], residual_S[:-1]])
-  return 1.0 - residual_S / jnp.maximum(reaches_S, 1e-12)
+  share_S = 1.0 - residual_S / jnp.maximum(reaches_S, 1e-12)
+  # Codes far away have any number; a running mean must forget it soon.
+  return jnp.maximum(share_S, -1.0)
 
 
 def counted(

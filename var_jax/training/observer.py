@@ -100,6 +100,7 @@ class Observer:
     config = self._run.config
     if step % config.log_every == 0 or step == config.steps:
       self.report.log(step)
+    self._collapsed(step, values)
     if not values["skipped"]:
       self._skipped = 0
     else:
@@ -154,6 +155,34 @@ class Observer:
         f"{len(self._broken)} broken images so far, the last {new[-1]}; all "
         f"are named in {path}"
       )
+
+  def _collapsed(self, step: int, values) -> None:
+    """Name the scales of a tokenizer that say nothing, if it was looked for."""
+    scales = [s for s, flag in values.get("collapsed", {}).items() if flag]
+    if not scales:
+      return
+    sizes = self._run.program.description.tokenizer.schedule.shapes
+    named = ", ".join(
+      f"scale {s} ({sizes[int(s)][0]}x{sizes[int(s)][1]}, explains "
+      f"{values['explained'][s]:.2%} of the energy that reaches it, perplexity "
+      f"{values['perplexity'][s]:.1f})"
+      for s in scales
+    )
+    policy = self._run.config.collapse.policy
+    if policy == "stop":
+      raise ValueError(
+        f"step {step}: the codes collapse at {named}; lower the learning rate, "
+        "or set loss.revive_every, or collapse.policy to revive or lower (with "
+        "--allow-config-change)."
+      )
+    done = {
+      "report": "nothing is done about it",
+      "revive": "the least used codes are moved to what it wants",
+      "lower": f"the learning rate is multiplied by {values['rate']:g}",
+    }
+    self.report.message(
+      f"step {step}: the codes collapse at {named}; {done[policy]}"
+    )
 
   def _refused(self, step: int, values, index_B) -> None:
     policy = self._run.config.guard.policy

@@ -161,17 +161,22 @@ def make_step(
       after = adversary_step.advance(
         against, state, after, adversary_grads, metrics
       )
-    # A refused step leaves no trace, revived codes included.
+    # A refused step leaves no trace, revived codes included. Where D's loss is
+    # not a number its gradient may be 0.
+    also = (adversary_grads, metrics.get("discriminator_loss", 0.0))
     after, health = judge(
-      guard, before, after, metrics["loss"], grads, updates, adversary_grads
+      guard, before, after, metrics["loss"], grads, updates, also
     )
     area = batch["image"].shape[0] * scales.grid[0] * scales.grid[1]
     return after, {
       **metrics,
       "psnr": _psnr(metrics["l2"]),
       "code_usage": _per_scale(codes.code_usage(after.code_hits_SV, area)),
-      "explained": _per_scale(explained_S),
+      # As the step found them, and as `collapsed` was judged by.
+      "explained": _per_scale(before.explained_S),
+      "perplexity": _per_scale(codes.perplexity(before.code_hits_SV)),
       "collapsed": _per_scale(collapsed_S.astype(jnp.float32)),
+      "rate": after.rate,
       **health,
       **optim.rates(schedules, state.step),
     }

@@ -1,0 +1,324 @@
+"""The discriminator: losses, weights and steps against NumPy."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.training import adversary, adversary_step, tokenizer_step
+from var_jax.training.adversary import AdversaryConfig
+from var_jax.training.state import TrainState, sample_keys
+
+RNG = np.random.default_rng(0)
+REAL, FAKE = RNG.normal(size=(2, 3, 4, 4)).astype("f4") * 2
+
+
+def relu(x):
+  return np.maximum(x, 0.0)
+
+
+def test_the_hinge_loss_is_that_of_numpy():
+  expected = (relu(1 - REAL).mean() + relu(1 + FAKE).mean()) / 2
+  np.testing.assert_allclose(adversary.hinge(REAL, FAKE), expected, rtol=1e-6)
+
+
+def test_lecam_is_that_of_numpy():
+  """Official: real against the mean of fakes, and the other way round."""
+  expected = np.square(relu(REAL + 0.7)).mean()
+  expected += np.square(relu(0.4 - FAKE)).mean()
+  found = adversary.lecam(REAL, FAKE, 0.4, -0.7)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_the_adaptive_weight_is_a_ratio_of_norms_in_bounds():
+  a, b = RNG.normal(size=(2, 3, 3, 8, 3)).astype("f4")
+  expected = np.linalg.norm(a) / (np.linalg.norm(b) + 1e-4)
+  found = adversary.adaptive_weight(a, b)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  assert adversary.adaptive_weight(a, 0 * b) == 1e4
+  assert adversary.adaptive_weight(0 * a, b) == 0
+
+
+IMAGES = RNG.uniform(-1, 1, size=(6, 16, 24, 3)).astype("f4")
+KEYS = jax.random.split(jax.random.key(0), 6)
+
+
+def test_an_image_is_augmented_by_its_own_key():
+  together = adversary.augment(IMAGES, KEYS)
+  alone = adversary.augment(IMAGES[2:3], KEYS[2:3])
+  np.testing.assert_allclose(together[2:3], alone, atol=1e-6)
+  others = adversary.augment(IMAGES, KEYS[::-1])
+  assert np.abs(together - others).max() > 0.1
+
+
+def test_augmentation_shifts_cuts_a_hole_and_changes_colours():
+  holes, shifts, values = set(), set(), []
+  ones = np.ones((200, 16, 24, 3), np.float32)
+  keys = jax.random.split(jax.random.key(1), 200)
+  for image_HW3 in np.asarray(adversary.augment(ones, keys)):
+    kept_HW = np.any(image_HW3 != 0, axis=-1)
+    level = image_HW3[kept_HW]
+    # Of a single colour stays a single colour: 1 + brightness.
+    assert level.std() < 1e-6
+    values.append(level.mean())
+    rows_H, cols_W = kept_HW.any(axis=1), kept_HW.any(axis=0)
+    shifts.add((int(np.argmax(rows_H)), int(np.argmax(cols_W))))
+    inner = kept_HW[np.ix_(rows_H, cols_W)]
+    holes.add(int((~inner).sum()))
+  assert min(values) < 0.6 and max(values) > 1.4
+  # An eighth of a side comes in from outside, at most; half of it is cut out.
+  assert max(y for y, _ in shifts) == 2 and max(x for _, x in shifts) == 3
+  assert max(holes) == 8 * 12
+
+
+def test_gradients_go_through_the_augmentation():
+  """It is linear in the image, up to constants."""
+
+  def total(image_BHW3):
+    weights = np.linspace(-1, 1, 24)[:, None]
+    return jnp.sum(adversary.augment(image_BHW3, KEYS) * weights)
+
+  direction = RNG.normal(size=IMAGES.shape).astype("f4")
+  grad = jax.grad(total)(jnp.asarray(IMAGES))
+  expected = total(IMAGES + direction) - total(jnp.asarray(IMAGES))
+  np.testing.assert_allclose(jnp.sum(grad * direction), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("side, layers, patches", [(64, 3, 8), (32, 2, 8)])
+def test_a_patch_has_a_logit(side, layers, patches):
+  cfg = AdversaryConfig(weight=1.0, channels=8, layers=layers, norm_groups=4)
+  network = adversary.make_discriminator(cfg, "bfloat16")
+  image = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+  logits, variables = jax.eval_shape(
+    lambda image: network.init_with_output(jax.random.key(0), image), image
+  )
+  assert logits.shape == (2, patches, patches)
+  assert logits.dtype == jnp.float32
+  widths = [8 * min(2**i, 8) for i in range(layers + 1)]
+  for i, name in enumerate(
+    ["patch_in", *map("patch_conv_{}".format, range(1, layers + 1))]
+  ):
+    assert variables["params"][name]["kernel"].shape[-1] == widths[i]
+
+
+class Linear:
+  """A discriminator that NumPy can train: a weight a pixel, one logit."""
+
+  @staticmethod
+  def apply(params, image_BHW3):
+    logits_B = jnp.einsum("bhwc,hwc->b", image_BHW3, params["w"])
+    return logits_B + params["b"]
+
+
+def against(**fields):
+  cfg = AdversaryConfig(weight=0.5, augment=False, **fields)
+  return adversary_step.Against(cfg, Linear, optax.sgd(0.1))
+
+
+def played(cfg, step, real_BHW3, fake_BHW3, params, image_grad):
+  """Take the discriminator's part; return (image's gradient, new, metrics)."""
+  state = types.SimpleNamespace(
+    adversary=adversary.Adversary(
+      params, cfg.optimizer.init(params), jnp.float32(0.3), jnp.float32(-0.2)
+    ),
+    step=jnp.int32(step),
+  )
+
+  def pull(cotangents):
+    grad, _ = cotangents
+    kernel = jnp.einsum("bhwc->c", grad)
+    return ({"params": {"decoder": {"conv_out": {"kernel": kernel}}}},)
+
+  grad, grads, metrics = adversary_step.play(
+    cfg, 0, {}, state.step, (state.adversary, real_BHW3, fake_BHW3),
+    image_grad, pull,
+  )  # fmt: skip
+  after = types.SimpleNamespace(replace=lambda **fields: fields)
+  new = adversary_step.advance(cfg, state, after, grads, metrics)["adversary"]
+  return grad, new, metrics
+
+
+def test_one_step_of_the_discriminator_is_that_of_numpy():
+  real, fake = RNG.normal(size=(2, 5, 4, 4, 3)).astype("f4")
+  w, b = RNG.normal(size=(4, 4, 3)).astype("f4"), np.float32(0.1)
+  image_grad = RNG.normal(size=real.shape).astype("f4")
+  cfg = against(lecam=0.2, lecam_decay=0.9)
+  found = played(cfg, 7, real, fake, {"w": w, "b": b}, jnp.asarray(image_grad))
+  grad, new, metrics = found
+
+  real_B = np.einsum("bhwc,hwc->b", real, w) + b
+  fake_B = np.einsum("bhwc,hwc->b", fake, w) + b
+  # Hinge, halved, and LeCAM with means 0.3 of real and -0.2 of fake.
+  dreal_B = (-0.5 * (real_B < 1) + 0.2 * 2 * relu(real_B + 0.2)) / 5
+  dfake_B = (0.5 * (fake_B > -1) - 0.2 * 2 * relu(0.3 - fake_B)) / 5
+  dw = np.einsum("b,bhwc->hwc", dreal_B, real)
+  dw += np.einsum("b,bhwc->hwc", dfake_B, fake)
+  np.testing.assert_allclose(new.params["w"], w - 0.1 * dw, atol=1e-5)
+  db = dreal_B.sum() + dfake_B.sum()
+  np.testing.assert_allclose(new.params["b"], b - 0.1 * db, atol=1e-5)
+  np.testing.assert_allclose(
+    new.real, 0.9 * 0.3 + 0.1 * real_B.mean(), rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    new.fake, 0.9 * -0.2 + 0.1 * fake_B.mean(), rtol=1e-5
+  )
+
+  fooled = np.broadcast_to(-w / 5, real.shape)
+  last = [np.linalg.norm(x.sum(axis=(0, 1, 2))) for x in (image_grad, fooled)]
+  weight = 0.5 * last[0] / (last[1] + 1e-4)
+  np.testing.assert_allclose(metrics["adversary_weight"], weight, rtol=1e-5)
+  np.testing.assert_allclose(grad, image_grad + weight * fooled, atol=1e-5)
+  np.testing.assert_allclose(
+    metrics["adversary_loss"], -fake_B.mean(), rtol=1e-4
+  )
+
+
+def test_before_its_start_nothing_comes_of_it():
+  real, fake = RNG.normal(size=(2, 5, 4, 4, 3)).astype("f4")
+  params = {"w": jnp.ones((4, 4, 3)), "b": jnp.zeros(())}
+  grad, new, metrics = played(
+    against(start=8), 7, real, fake, params, jnp.asarray(real)
+  )
+  np.testing.assert_array_equal(grad, real)
+  jax.tree.map(np.testing.assert_array_equal, new.params, params)
+  assert (new.real, new.fake) == (np.float32(0.3), np.float32(-0.2))
+  assert not any(metrics.values())
+
+
+CFG = TokenizerConfig(
+  vocab_size=16,
+  latent_channels=4,
+  channels=8,
+  norm_groups=4,
+  channel_mults=(1, 1),
+  encoder_blocks=1,
+  decoder_blocks=1,
+  scales=(1, 4),
+)
+TOKENIZER = Tokenizer(CFG)
+ADVERSARY = AdversaryConfig(
+  weight=0.3, channels=4, layers=1, norm_groups=2, lecam=0.1
+)
+
+
+@functools.cache
+def real_step(accumulate=1, **fields):
+  cfg = adversary_step.Against(
+    ADVERSARY,
+    adversary.make_discriminator(ADVERSARY, "float32"),
+    optax.adam(1e-2),
+  )
+  step = tokenizer_step.make_step(
+    TOKENIZER,
+    optax.sgd(1.0),
+    tokenizer_step.TokenizerLossConfig(l1_weight=0.5, **fields),
+    ema_decay=0.0,
+    seed=0,
+    accumulate=accumulate,
+    against=cfg,
+  )
+  params = tokenizer_step.init_params(TOKENIZER, jax.random.key(0, impl="rbg"))
+  state = TrainState.create(
+    params,
+    optax.sgd(1.0),
+    use_ema=False,
+    code_hits_SV=jnp.zeros((2, 16)),
+    explained_S=jnp.zeros(2),
+    rate=jnp.ones(()),
+    adversary=adversary_step.init(cfg, TOKENIZER, jax.random.key(3)),
+  )
+  quick = {"xla_backend_optimization_level": 0}
+  return jax.jit(step, compiler_options=quick), state
+
+
+def batch():
+  images = RNG.integers(0, 256, (4, 8, 8, 3), np.uint8)
+  return {"image": images, "position": np.arange(4, dtype=np.uint32)}
+
+
+def test_the_step_follows_the_gradient_of_one_sum_of_losses():
+  """SGD at a rate of 1 moves parameters by the gradient of what is written."""
+  step, state = real_step()
+  shown = batch()
+  after, metrics = step(state, {}, shown)
+  image_BHW3 = jnp.asarray(shown["image"] / 127.5 - 1.0, jnp.float32)
+  network = adversary.make_discriminator(ADVERSARY, "float32")
+  keys_B = sample_keys(0, adversary_step.AUGMENT_FAKE, shown["position"])
+
+  def losses(params):
+    again_BHW3, quantized = TOKENIZER.apply(params, image_BHW3)
+    apart = again_BHW3 - image_BHW3
+    rest = jnp.mean(apart**2) + 0.5 * jnp.mean(jnp.abs(apart))
+    seen = adversary.augment(again_BHW3, keys_B)
+    fooled = -jnp.mean(network.apply(state.adversary.params, seen))
+    return rest, fooled, quantized.loss
+
+  def last(i):
+    grads = jax.grad(lambda params: losses(params)[i])(state.params)
+    return np.linalg.norm(grads["params"]["decoder"]["conv_out"]["kernel"])
+
+  weight = 0.3 * last(0) / (last(1) + 1e-4)
+  np.testing.assert_allclose(metrics["adversary_weight"], weight, rtol=1e-4)
+
+  def whole(params):
+    rest, fooled, quantizer_loss = losses(params)
+    return rest + weight * fooled + quantizer_loss
+
+  grads = jax.grad(whole)(state.params)
+  largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
+  jax.tree.map(
+    lambda old, new, g: np.testing.assert_allclose(
+      old - new, g, atol=1e-5 * largest
+    ),
+    state.params, after.params, grads,
+  )  # fmt: skip
+  moved = jax.tree.map(
+    lambda a, b: np.any(a != b), state.adversary.params, after.adversary.params
+  )
+  assert all(jax.tree.leaves(moved))
+
+
+def test_a_step_that_is_refused_leaves_the_discriminator_as_it_was():
+  step, state = real_step()
+  broken = jax.tree.map(jnp.copy, state.adversary.params)
+  broken["params"]["patch_out"]["bias"] *= jnp.nan
+  state = state.replace(adversary=state.adversary.replace(params=broken))
+  after, metrics = step(state, {}, batch())
+  assert metrics["skipped"] == 1.0
+  jax.tree.map(
+    np.testing.assert_array_equal, after, state.replace(step=jnp.int32(1))
+  )
+
+
+def test_parts_of_a_batch_train_the_discriminator_on_all_of_it():
+  shown = batch()
+  whole, _ = real_step()[0](real_step()[1], {}, shown)
+  step, state = real_step(accumulate=2)
+  parts, metrics = step(state, {}, shown)
+  # Each part has a mean of its own, so the means are those of the whole.
+  for name in ("real", "fake"):
+    np.testing.assert_allclose(
+      getattr(parts.adversary, name), getattr(whole.adversary, name), rtol=1e-4
+    )
+  assert np.isfinite(metrics["adversary_weight"])
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (dict(weight=-1.0), "adversary.weight -1.0 is negative"),
+    (dict(start=-1), "adversary.start -1 is negative"),
+    (dict(lecam=-0.1), "adversary.lecam -0.1 is negative"),
+    (dict(lecam_decay=1.0), "adversary.lecam_decay 1.0 is not in"),
+    (dict(layers=0), "adversary.layers 0 is below 1"),
+    (dict(channels=48), "adversary.channels 48 do not split into 32 groups"),
+  ],
+)
+def test_what_makes_no_sense_is_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    AdversaryConfig(**fields)

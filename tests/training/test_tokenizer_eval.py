@@ -1,0 +1,131 @@
+"""What an evaluation says of a tokenizer, against NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from var_jax.models import quantizer
+from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.training import tokenizer_eval, tokenizer_step
+
+CFG = TokenizerConfig(
+  vocab_size=16,
+  latent_channels=4,
+  channels=8,
+  norm_groups=4,
+  channel_mults=(1, 1),
+  encoder_blocks=1,
+  decoder_blocks=1,
+  scales=(1, 3, 6),
+)
+TOKENIZER = Tokenizer(CFG)
+REAL = 5
+
+
+@functools.cache
+def evaluated():
+  """Return (variables, images, sums) of eight rows, five of them real."""
+  variables = tokenizer_step.init_params(
+    TOKENIZER, jax.random.key(0, impl="rbg")
+  )
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (8, *CFG.image_shape, 3), np.uint8)
+  batch = {"image": images, "real": np.arange(8) < REAL}
+  sums = jax.jit(tokenizer_eval.make_eval_step(TOKENIZER))(variables, {}, batch)
+  image_BHW3 = np.float32(images[:REAL] / 127.5 - 1.0)
+  return variables, image_BHW3, jax.device_get(sums)
+
+
+def summary():
+  _, _, sums = evaluated()
+  sums = dict(sums)
+  count = sums.pop("count")
+  return tokenizer_eval.summary({k: v / count for k, v in sums.items()})
+
+
+def test_measures_are_summed_over_real_images():
+  variables, image_BHW3, sums = evaluated()
+  assert sums["count"] == REAL
+  again_BHW3, quantized = jax.jit(TOKENIZER.apply)(variables, image_BHW3)
+  l2_B = np.square(again_BHW3 - image_BHW3).mean(axis=(1, 2, 3))
+  np.testing.assert_allclose(sums["l2"], l2_B.sum(), rtol=1e-5)
+  np.testing.assert_allclose(
+    sums["quantizer_loss"], REAL * quantized.loss, rtol=1e-5
+  )
+  expected = np.sum(10 * np.log10(4 / l2_B))
+  np.testing.assert_allclose(sums["psnr"], expected, rtol=1e-5)
+
+
+def test_ssim_is_that_of_gaussian_windows():
+  variables, image_BHW3, sums = evaluated()
+  again_BHW3, _ = jax.jit(TOKENIZER.apply)(variables, image_BHW3)
+  again_BHW3 = np.clip(again_BHW3, -1, 1)
+  x, y = (np.float64(v) / 2 + 0.5 for v in (again_BHW3, image_BHW3))
+  at = np.arange(11) - 5
+  line = np.exp(-(at**2) / (2 * 1.5**2))
+  window = np.outer(line, line) / line.sum() ** 2
+
+  def blurred(v):
+    cut = np.lib.stride_tricks.sliding_window_view(v, (11, 11), axis=(1, 2))
+    return np.einsum("bhwcij,ij->bhwc", cut, window)
+
+  mx, my = blurred(x), blurred(y)
+  vx, vy = blurred(x * x) - mx**2, blurred(y * y) - my**2
+  vxy = blurred(x * y) - mx * my
+  c1, c2 = 0.01**2, 0.03**2
+  found = (2 * mx * my + c1) * (2 * vxy + c2)
+  found /= (mx**2 + my**2 + c1) * (vx + vy + c2)
+  expected = found.mean(axis=(1, 2, 3)).sum()
+  np.testing.assert_allclose(sums["ssim"], expected, rtol=1e-4)
+
+
+def test_each_scale_has_its_health():
+  variables, image_BHW3, _ = evaluated()
+  f_BhwZ = TOKENIZER.apply(variables, image_BHW3, method="to_latent")
+  tokens_BL, f_hats = TOKENIZER.apply(
+    variables, f_BhwZ, method="quantize_latent"
+  )
+  wanted_BLZ = quantizer.wanted_vectors(f_BhwZ, f_hats, CFG.schedule)
+  code_BLZ = TOKENIZER.apply(variables, tokens_BL, method="lookup")
+  found, before = summary(), np.square(f_BhwZ).mean()
+  for s in range(3):
+    cut = slice(CFG.schedule.start(s), CFG.schedule.end(s))
+    tokens_Bl = np.asarray(tokens_BL[:, cut])
+    _, counts = np.unique(tokens_Bl, return_counts=True)
+    share = counts / counts.sum()
+    after = np.square(f_BhwZ - f_hats[s]).mean()
+    expected = {
+      "codes_used": len(counts),
+      "perplexity": np.exp(-np.sum(share * np.log(share))),
+      "explained": 1 - after / before,
+      "residual_energy": after,
+      "commitment": np.square(wanted_BLZ - code_BLZ)[:, cut].mean(),
+    }
+    before = after
+    for name, value in expected.items():
+      assert found[name][str(s)] == pytest.approx(value, rel=1e-4, abs=1e-6)
+  used = len(np.unique(tokens_BL)) / 16
+  assert found["code_share"] == used
+
+
+def test_lpips_is_measured_where_there_are_weights():
+  variables, image_BHW3, sums = evaluated()
+  assert "lpips" not in sums
+  from var_jax.models import perceptual
+
+  wide = TokenizerConfig(**{**vars(CFG), "scales": (1, 8)})
+  tokenizer = Tokenizer(wide)
+  keys = iter(jax.random.split(jax.random.key(1), 40))
+  weights = {
+    name: 0.05 * jax.random.normal(next(keys), shape)
+    for name, shape in perceptual.shapes().items()
+  }
+  image = jnp.zeros((2, *wide.image_shape, 3), jnp.uint8)
+  sums = jax.eval_shape(
+    tokenizer_eval.make_eval_step(tokenizer, with_lpips=True),
+    variables, {"lpips": weights}, {"image": image, "real": jnp.ones(2, bool)},
+  )  # fmt: skip
+  assert sums["lpips"].shape == ()
