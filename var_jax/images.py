@@ -92,14 +92,19 @@ def check_output(path: epath.PathLike) -> None:
 
 def write_image(path: epath.PathLike, image_HW3: np.ndarray) -> None:
   """Write a uint8 image; the format follows from the name."""
-  from PIL import Image
-
   check_output(path)
   suffix = pathlib.PurePath(path).suffix[1:].lower()
   format = {"jpg": "jpeg"}.get(suffix, suffix)
+  files.write_bytes(path, encoded(image_HW3, format))
+
+
+def encoded(image_HW3: np.ndarray, format: str = "png") -> bytes:
+  """Return a uint8 image as a file has it."""
+  from PIL import Image
+
   buffer = io.BytesIO()
   Image.fromarray(image_HW3).save(buffer, format=format.upper())
-  files.write_bytes(path, buffer.getvalue())
+  return buffer.getvalue()
 
 
 def check_folder(path: epath.PathLike) -> None:

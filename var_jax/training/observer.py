@@ -16,7 +16,7 @@ from var_jax import appended
 from var_jax.data import broken
 from var_jax.ledger import checksum, provenance
 from var_jax.ledger.records import Recorder
-from var_jax.training import checks
+from var_jax.training import checks, panel
 from var_jax.training.report import Report
 
 # A lasting shift of the loss looks like spikes that never end.
@@ -111,6 +111,9 @@ class Observer:
     self.report.evaluation(step, means)
     for name, pixels in pictures.items():
       self.report.images(step, name, pixels)
+    if jax.process_index() == 0:
+      self.report.flush()
+      panel.write(self._workdir, pictures)
 
   def rolled_back(self, step: int, to: int) -> None:
     self.report.message(

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from var_jax import images
@@ -62,11 +63,16 @@ def reconstructions(
   pixels_BHW3: np.ndarray,
   mesh: jax.sharding.Mesh,
 ) -> dict[str, np.ndarray]:
-  """Return {"reconstructions": given images above what comes back}."""
+  """Return {"reconstructions": images, and what each scale makes of them}.
+
+  A row a scale, coarse to fine; the last is the whole reconstruction.
+  """
   image_BHW3 = mesh_lib.spread(mesh, images.to_float(pixels_BHW3))
-  again_BHW3 = _reconstruct(tokenizer, params, image_BHW3)
-  rows = [list(pixels_BHW3), list(_pixels(again_BHW3, len(pixels_BHW3)))]
-  return {"reconstructions": images.grid(rows, ("real", "rec."))}
+  again_SBHW3 = _reconstruct(tokenizer, params, image_BHW3)
+  rows = [list(pixels_BHW3)]
+  rows += [list(_pixels(x, len(pixels_BHW3))) for x in again_SBHW3]
+  names = [f"{i}x{j}" for i, j in tokenizer.cfg.schedule.shapes]
+  return {"reconstructions": images.grid(rows, ("real", *names))}
 
 
 def _pixels(image_BHW3: jax.Array, count: int) -> np.ndarray:
@@ -75,5 +81,13 @@ def _pixels(image_BHW3: jax.Array, count: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reconstruct(tokenizer, params, image_BHW3):
-  return tokenizer.apply(params, image_BHW3)[0]
+def _reconstruct(tokenizer, params, image_BHW3) -> list[jax.Array]:
+  """Return the image after each scale."""
+  tokens_BL = tokenizer.apply(params, image_BHW3, method="encode")
+  f_hats = tokenizer.apply(params, tokens_BL, method="accumulate")
+  # One after another: the memory is that of one, and so is the program.
+  again_SBHW3 = jax.lax.map(
+    lambda f_BhwZ: tokenizer.apply(params, f_BhwZ, method="to_image"),
+    jnp.stack(f_hats),
+  )
+  return list(again_SBHW3)

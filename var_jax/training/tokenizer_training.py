@@ -52,15 +52,14 @@ class TokenizerTraining:
 
   def _check(self) -> None:
     config, loss, against = self.config, self._loss, self._against
+    collapse = self._collapse
     part = config.train_only
     if part not in optim.PARTS:
       raise ValueError(
         f"train_only {part!r} is not known; use one of "
         f"{', '.join(optim.PARTS)}."
       )
-    if part == "decoder" and (
-      loss.revive_every or self._collapse.policy == "revive"
-    ):
+    if part == "decoder" and (loss.revive_every or collapse.policy == "revive"):
       raise ValueError(
         "train_only 'decoder' keeps the codes, and they are to be revived; set "
         "loss.revive_every=0 and collapse.policy=report."

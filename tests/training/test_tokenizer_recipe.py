@@ -1,0 +1,197 @@
+"""The tokenizer's recipe through `loop.train`: parts, guards, what is said."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import tokenizer as presets
+from var_jax.checkpoints import store, weights
+from var_jax.training import loop, optim, setup, tokenizer_step
+
+
+def config_of(steps=2, **settings):
+  config = presets.get_config("tiny")
+  config.steps = steps
+  config.data.batch_size = 4
+  config.log_every = 1
+  config.checkpoint_every = steps
+  config.loss.revive_every = 0
+  config.update_from_flattened_dict(settings)
+  return config
+
+
+def flat(variables):
+  leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+  return {
+    "/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves
+  }
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("recipe") / "first"
+  loop.train(config_of(), workdir)
+  return workdir
+
+
+@pytest.mark.parametrize(
+  "part, moved",
+  [
+    ("decoder", ("decoder/", "post_quant_conv/")),
+    ("quantizer", ("codebook", "phi_")),
+  ],
+)
+def test_a_part_of_a_trained_tokenizer_is_trained_alone(
+  part, moved, first, tmp_path
+):
+  settings = {"init_from": str(first), "train_only": part, "ema_decay": 0.0}
+  settings["optimizer.learning_rate"] = 0.1
+  loop.train(config_of(**settings), tmp_path / "tuned")
+  before = flat(weights.read_tokenizer(first)[1])
+  after = flat(weights.read_tokenizer(tmp_path / "tuned")[1])
+  for path, leaf in before.items():
+    if not path.startswith(moved):
+      np.testing.assert_array_equal(after[path], leaf, path)
+  changed = {path for path in before if np.any(after[path] != before[path])}
+  kernels = {
+    path
+    for path in before
+    if path.startswith(moved) and path.endswith(("kernel", "codebook"))
+  }
+  assert kernels <= changed
+
+
+def test_a_part_leaves_the_gradient_norm_to_what_is_trained(first, tmp_path):
+  norms = {}
+  for part in optim.PARTS:
+    settings = {"init_from": str(first), "train_only": part}
+    loop.train(config_of(steps=1, **settings), tmp_path / part)
+    (line,) = (tmp_path / part / "metrics.jsonl").read_text().splitlines()
+    norms[part] = json.loads(line)["grad_norm"]
+  assert 0 < norms["quantizer"] < norms["all"]
+  assert 0 < norms["decoder"] < norms["all"]
+
+
+def test_a_collapse_stops_the_run_with_the_name_of_the_scale(tmp_path):
+  config = config_of(
+    steps=6,
+    **{
+      "collapse.policy": "stop",
+      "collapse.every": 3,
+      "collapse.min_perplexity": 1.0,
+      "collapse.min_explained": 0.999,
+    },
+  )
+  message = r"step 4: the codes collapse at scale 0 \(1x1, .+%.+scale 2"
+  with pytest.raises(ValueError, match=message):
+    loop.train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  "policy, said",
+  [
+    ("report", "nothing is done about it"),
+    ("revive", "the least used codes are moved"),
+    ("lower", "the learning rate is multiplied by 0.5"),
+  ],
+)
+def test_a_collapse_is_said_and_what_is_done(policy, said, tmp_path, capsys):
+  config = config_of(
+    steps=4,
+    **{
+      "collapse.policy": policy,
+      "collapse.every": 3,
+      "collapse.min_explained": 0.999,
+    },
+  )
+  loop.train(config, tmp_path)
+  (line,) = [x for x in capsys.readouterr().err.splitlines() if "collapse" in x]
+  assert line.startswith("step 4: ") and said in line
+
+
+def test_a_run_that_is_stopped_goes_on_with_all_that_it_carries(tmp_path):
+  """Discriminator, running means and rate are those of one long run."""
+  settings = {
+    "collapse.policy": "lower",
+    "collapse.every": 2,
+    "collapse.min_explained": 0.999,
+    "adversary.weight": 0.1,
+    "adversary.lecam": 0.1,
+    "adversary.channels": 8,
+    "adversary.layers": 2,
+    "adversary.norm_groups": 4,
+    "loss.scale_dropout": 0.5,
+  }
+  whole = config_of(steps=4, **settings)
+  whole.checkpoint_every = 2
+  whole.keep_checkpoints = 3
+  loop.train(whole, tmp_path / "whole")
+  other = epath.Path(tmp_path / "other")
+  loop.train(whole, other)
+  (other / "checkpoints" / "4").rmtree()
+  loop.train(whole, other)
+  found = []
+  for workdir in (tmp_path / "whole", other):
+    checkpoints = store.Store(workdir, keep=1, read_only=True)
+    run = setup.open_run(whole, epath.Path(workdir))
+    found.append(run.restore(checkpoints, 4))
+    checkpoints.close()
+  assert found[0].rate < 1.0 and found[0].adversary.real != 0.0
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_an_evaluation_writes_the_health_of_scales_and_a_page(tmp_path):
+  config = config_of(steps=2, eval_every=2, eval_samples=6, pictures=2)
+  loop.train(config, tmp_path)
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  last = json.loads(lines[-1])
+  for name in ("psnr", "ssim", "code_share"):
+    assert np.isfinite(last[f"eval/{name}"])
+  for name in ("codes_used", "perplexity", "explained", "commitment"):
+    for s in range(3):
+      assert np.isfinite(last[f"eval/{name}/{s}"])
+  page = (tmp_path / "report.html").read_text()
+  assert page.count("<svg") == 10 and page.count("<img") == 1
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    ({"train_only": "half"}, "train_only 'half' is not known"),
+    (
+      {"train_only": "decoder", "loss.revive_every": 5},
+      "train_only 'decoder' keeps the codes",
+    ),
+    ({"loss.lpips_weight": 1.0}, "needs weights; convert the public files"),
+    (
+      {"loss.lpips_weight": 1.0, "lpips_path": "/nowhere"},
+      "/nowhere has no lpips.safetensors",
+    ),
+    (
+      {"adversary.weight": 1.0, "adversary.layers": 5},
+      "adversary.layers 5 halve images of 16 pixels",
+    ),
+    ({"collapse.policy": "pray"}, "collapse.policy 'pray' is not known"),
+    ({"loss.scale_dropout": 1.5}, "scale_dropout 1.5 is above 1"),
+    ({"loss.l1_weight": -1.0}, "l1_weight -1.0 is negative"),
+  ],
+)
+def test_what_makes_no_sense_is_said_before_anything_is_written(
+  settings, message, tmp_path
+):
+  with pytest.raises(ValueError, match=message):
+    loop.train(config_of(**settings), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_scale_dropout_keeps_from_one_to_all_scales():
+  part = {"position": np.arange(4000, dtype=np.uint32)}
+  kept = np.asarray(tokenizer_step._kept_scales(part, 0.4, 5, 0))
+  found = np.bincount(kept, minlength=6) / 4000
+  np.testing.assert_allclose(found, [0, 0.1, 0.1, 0.1, 0.1, 0.6], atol=0.025)
+  again = tokenizer_step._kept_scales(part, 0.4, 5, 0)
+  np.testing.assert_array_equal(kept, again)
+  assert tokenizer_step._kept_scales(part, 0.0, 5, 0) is None
