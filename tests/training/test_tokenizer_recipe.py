@@ -195,3 +195,35 @@ def test_scale_dropout_keeps_from_one_to_all_scales():
   again = tokenizer_step._kept_scales(part, 0.4, 5, 0)
   np.testing.assert_array_equal(kept, again)
   assert tokenizer_step._kept_scales(part, 0.0, 5, 0) is None
+
+
+def test_grey_images_and_a_codebook_too_large_are_remarked_on(tmp_path, capsys):
+  images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), np.uint8)
+  labels = np.arange(8) % 2
+  np.savez(tmp_path / "grey.npz", images=images, labels=labels)
+  source = {"data.source": f"npz:{tmp_path / 'grey.npz'}"}
+  loop.train(config_of(steps=1, **source), tmp_path / "run")
+  grey, codes = capsys.readouterr().out.splitlines()
+  assert grey.startswith("the images are grey; each is given three equal")
+  # 8 images of 1 + 4 + 16 tokens.
+  assert codes.startswith(
+    "warning: 8 images have 168 tokens, 5.2 for each of 32"
+  )
+  assert codes.endswith("use a vocab_size of 16 or less")
+  colour = np.repeat(images[..., None], 3, axis=3)
+  many = np.tile(colour, (4, 1, 1, 1))
+  np.savez(tmp_path / "rgb.npz", images=many, labels=np.arange(32) % 2)
+  source = {"data.source": f"npz:{tmp_path / 'rgb.npz'}"}
+  loop.train(config_of(steps=1, **source), tmp_path / "other")
+  assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_presets_make_sense(preset):
+  """All but the paths: what a run would refuse is refused here."""
+  from var_jax.parallel import mesh as mesh_lib
+  from var_jax.training.tokenizer_training import TokenizerTraining
+
+  config = presets.get_config(preset)
+  training = TokenizerTraining.of(config, mesh_lib.make_mesh())
+  assert config.loss.revive_every and training.like.explained_S.shape

@@ -73,6 +73,11 @@ class ArraySource:
   def __len__(self) -> int:
     return len(self.images)
 
+  @property
+  def grey(self) -> bool:
+    """Whether images have one channel, which is then repeated."""
+    return self.images.ndim == 3
+
   def name_of(self, i: int) -> str:
     return f"{self.name}[{i}]"
 

@@ -8,10 +8,14 @@ from etils import epath
 
 from var_jax.checkpoints import lpips, weights
 from var_jax.data import pipeline
+from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.parallel import mesh as mesh_lib
 from var_jax.training import pictures, programs, tokenizer_eval, warm_start
 from var_jax.training.state import TrainState
 from var_jax.training.tokenizer_training import TokenizerTraining
+
+# Below, the data cannot fill a codebook.
+_TOKENS_A_CODE = 10
 
 
 def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
@@ -23,6 +27,8 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     frozen["lpips"] = jax.device_put(lpips.read(config.lpips_path), where)
 
   def start() -> TrainState:
+    for remark in remarks(training.cfg, source):
+      print(remark)
     if not config.init_from:
       return training.placed(training.fresh)
     described, variables = weights.read_tokenizer(
@@ -65,3 +71,22 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     held_out_loss="l2",
     work=training.work,
   )
+
+
+def remarks(cfg: TokenizerConfig, source) -> list[str]:
+  """Return a line on each thing about the data that one may not expect."""
+  lines = []
+  if getattr(source, "grey", False):
+    lines.append(
+      "the images are grey; each is given three equal channels, and so are "
+      "the pictures that come back"
+    )
+  tokens = len(source) * cfg.schedule.num_tokens
+  if tokens < _TOKENS_A_CODE * cfg.vocab_size:
+    lines.append(
+      f"warning: {len(source)} images have {tokens} tokens, "
+      f"{tokens / cfg.vocab_size:.1f} for each of {cfg.vocab_size} codes, so "
+      "many codes will stay unused; use a vocab_size of "
+      f"{max(tokens // _TOKENS_A_CODE, 1)} or less"
+    )
+  return lines
