@@ -227,3 +227,30 @@ def test_presets_make_sense(preset):
   config = presets.get_config(preset)
   training = TokenizerTraining.of(config, mesh_lib.make_mesh())
   assert config.loss.revive_every and training.like.explained_S.shape
+
+
+def test_a_plan_has_the_discriminator_and_the_weights_of_lpips():
+  """Lowered only: the compiler takes minutes for VGG16."""
+  from var_jax.models import perceptual
+  from var_jax.parallel import mesh as mesh_lib
+  from var_jax.planning import compiling, memory
+  from var_jax.training.tokenizer_training import TokenizerTraining
+
+  mesh, found = mesh_lib.make_mesh(), {}
+  more = {
+    "adversary.weight": 0.1,
+    "adversary.channels": 8,
+    "adversary.layers": 2,
+    "adversary.norm_groups": 4,
+    "loss.lpips_weight": 1.0,
+    "lpips_path": "/nowhere",
+  }
+  for name, settings in (("plain", {}), ("all", more)):
+    training = TokenizerTraining.of(config_of(**settings), mesh)
+    (state, frozen, _), _ = compiling.train_step(training).args_info
+    sizes = [np.prod(x.shape) for x in jax.tree.leaves(frozen)]
+    found[name] = memory.state_bytes(training, mesh), sum(sizes)
+    assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(training.like))
+  vgg = sum(np.prod(shape) for shape in perceptual.shapes().values())
+  assert (found["plain"][1], found["all"][1]) == (0, vgg)
+  assert found["all"][0] > found["plain"][0]
