@@ -83,7 +83,7 @@ def test_one_program_draws_what_one_a_scale_draws(how):
   labels = [3, -1, 7]
   fused = generate(labels, fused=True, **how)
   for one_each in (False, True):
-    tokens_BL, f_hat_BhwZ = drawn(labels, by_layer=one_each, **how)
+    tokens_BL, f_hat_BhwZ = drawn(labels, layer_programs=one_each, **how)
     if not how:
       assert_same_draws(fused.tokens_BL, tokens_BL, labels)
     np.testing.assert_array_equal(fused.tokens_BL, tokens_BL)
@@ -105,34 +105,6 @@ def test_one_image_is_that_of_a_batch_of_64():
   golden_files.assert_close(
     np.concatenate([x.images_BHW3 for x in alone]), together.images_BHW3
   )
-
-
-def test_the_parameters_of_layers_are_views():
-  params = jax.tree.map(jnp.asarray, PARAMS)
-  whole = params.var["params"]["blocks"]["ffn"]["fc1"]["kernel"]
-  layers = by_layer.unstack(params).var
-  assert len(layers.blocks) == len(whole) and "blocks" not in layers.rest
-  for r, layer in enumerate(layers.blocks):
-    kernel = layer["ffn"]["fc1"]["kernel"]
-    np.testing.assert_array_equal(kernel, whole[r])
-    place = whole.unsafe_buffer_pointer() + r * kernel.nbytes
-    assert kernel.unsafe_buffer_pointer() == place
-
-
-def test_only_values_are_drawn_layer_by_layer():
-  assert by_layer.suits(PARAMS)
-  assert by_layer.suits(jax.tree.map(jnp.asarray, PARAMS))
-  assert not jax.jit(lambda params: jnp.array(by_layer.suits(params)))(PARAMS)
-
-
-def test_a_layers_cache_and_f_hat_are_donated():
-  params = by_layer.unstack(PARAMS)
-  state, modulation = by_layer.start(MODELS, params, jnp.array([3]), True)
-  keys_B = sampler.image_keys(KEY, 1)
-  by_layer.draw_scale(
-    MODELS, 0, True, False, params, state, modulation, keys_B, FREE, None
-  )
-  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("rows", [1, 4])

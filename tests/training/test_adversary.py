@@ -1,6 +1,5 @@
 """The discriminator: losses, weights and steps against NumPy."""
 
-import functools
 import types
 
 import jax
@@ -9,10 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from var_jax.training import adversary, adversary_step, tokenizer_step
+from var_jax.training import adversary, adversary_step
 from var_jax.training.adversary import AdversaryConfig
-from var_jax.training.state import TrainState, sample_keys
 
 RNG = np.random.default_rng(0)
 REAL, FAKE = RNG.normal(size=(2, 3, 4, 4)).astype("f4") * 2
@@ -188,124 +185,6 @@ def test_before_its_start_nothing_comes_of_it():
   jax.tree.map(np.testing.assert_array_equal, new.params, params)
   assert (new.real, new.fake) == (np.float32(0.3), np.float32(-0.2))
   assert not any(metrics.values())
-
-
-CFG = TokenizerConfig(
-  vocab_size=16,
-  latent_channels=4,
-  channels=8,
-  norm_groups=4,
-  channel_mults=(1, 1),
-  encoder_blocks=1,
-  decoder_blocks=1,
-  scales=(1, 4),
-)
-TOKENIZER = Tokenizer(CFG)
-ADVERSARY = AdversaryConfig(
-  weight=0.3, channels=4, layers=1, norm_groups=2, lecam=0.1
-)
-
-
-@functools.cache
-def real_step(accumulate=1, **fields):
-  cfg = adversary_step.Against(
-    ADVERSARY,
-    adversary.make_discriminator(ADVERSARY, "float32"),
-    optax.adam(1e-2),
-  )
-  step = tokenizer_step.make_step(
-    TOKENIZER,
-    optax.sgd(1.0),
-    tokenizer_step.TokenizerLossConfig(l1_weight=0.5, **fields),
-    ema_decay=0.0,
-    seed=0,
-    accumulate=accumulate,
-    against=cfg,
-  )
-  params = tokenizer_step.init_params(TOKENIZER, jax.random.key(0, impl="rbg"))
-  state = TrainState.create(
-    params,
-    optax.sgd(1.0),
-    use_ema=False,
-    code_hits_SV=jnp.zeros((2, 16)),
-    explained_S=jnp.zeros(2),
-    rate=jnp.ones(()),
-    adversary=adversary_step.init(cfg, TOKENIZER, jax.random.key(3)),
-  )
-  quick = {"xla_backend_optimization_level": 0}
-  return jax.jit(step, compiler_options=quick), state
-
-
-def batch():
-  images = RNG.integers(0, 256, (4, 8, 8, 3), np.uint8)
-  return {"image": images, "position": np.arange(4, dtype=np.uint32)}
-
-
-def test_the_step_follows_the_gradient_of_one_sum_of_losses():
-  """SGD at a rate of 1 moves parameters by the gradient of what is written."""
-  step, state = real_step()
-  shown = batch()
-  after, metrics = step(state, {}, shown)
-  image_BHW3 = jnp.asarray(shown["image"] / 127.5 - 1.0, jnp.float32)
-  network = adversary.make_discriminator(ADVERSARY, "float32")
-  keys_B = sample_keys(0, adversary_step.AUGMENT_FAKE, shown["position"])
-
-  def losses(params):
-    again_BHW3, quantized = TOKENIZER.apply(params, image_BHW3)
-    apart = again_BHW3 - image_BHW3
-    rest = jnp.mean(apart**2) + 0.5 * jnp.mean(jnp.abs(apart))
-    seen = adversary.augment(again_BHW3, keys_B)
-    fooled = -jnp.mean(network.apply(state.adversary.params, seen))
-    return rest, fooled, quantized.loss
-
-  def last(i):
-    grads = jax.grad(lambda params: losses(params)[i])(state.params)
-    return np.linalg.norm(grads["params"]["decoder"]["conv_out"]["kernel"])
-
-  weight = 0.3 * last(0) / (last(1) + 1e-4)
-  np.testing.assert_allclose(metrics["adversary_weight"], weight, rtol=1e-4)
-
-  def whole(params):
-    rest, fooled, quantizer_loss = losses(params)
-    return rest + weight * fooled + quantizer_loss
-
-  grads = jax.grad(whole)(state.params)
-  largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
-  jax.tree.map(
-    lambda old, new, g: np.testing.assert_allclose(
-      old - new, g, atol=1e-5 * largest
-    ),
-    state.params, after.params, grads,
-  )  # fmt: skip
-  moved = jax.tree.map(
-    lambda a, b: np.any(a != b), state.adversary.params, after.adversary.params
-  )
-  assert all(jax.tree.leaves(moved))
-
-
-def test_a_step_that_is_refused_leaves_the_discriminator_as_it_was():
-  step, state = real_step()
-  broken = jax.tree.map(jnp.copy, state.adversary.params)
-  broken["params"]["patch_out"]["bias"] *= jnp.nan
-  state = state.replace(adversary=state.adversary.replace(params=broken))
-  after, metrics = step(state, {}, batch())
-  assert metrics["skipped"] == 1.0
-  jax.tree.map(
-    np.testing.assert_array_equal, after, state.replace(step=jnp.int32(1))
-  )
-
-
-def test_parts_of_a_batch_train_the_discriminator_on_all_of_it():
-  shown = batch()
-  whole, _ = real_step()[0](real_step()[1], {}, shown)
-  step, state = real_step(accumulate=2)
-  parts, metrics = step(state, {}, shown)
-  # Each part has a mean of its own, so the means are those of the whole.
-  for name in ("real", "fake"):
-    np.testing.assert_allclose(
-      getattr(parts.adversary, name), getattr(whole.adversary, name), rtol=1e-4
-    )
-  assert np.isfinite(metrics["adversary_weight"])
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def state_of(hits_SV, codebook_VZ=None, step=50):
     use_ema=False,
     code_hits_SV=hits_SV,
     explained_S=jnp.array([0.5, 0.5]),
+    grace_V=jnp.zeros(16),
     rate=jnp.ones(()),
   ).replace(step=jnp.int32(step))
 

@@ -64,6 +64,50 @@ def test_a_part_of_a_trained_tokenizer_is_trained_alone(
   assert kernels <= changed
 
 
+def test_a_tokenizer_that_a_run_starts_from_keeps_its_codes(first, tmp_path):
+  """Though codes are looked after, and before the first step."""
+  settings = {
+    "init_from": str(first),
+    "loss.revive_every": 1,
+    "loss.kmeans_rounds": 2,
+    "optimizer.learning_rate": 1e-12,
+  }
+  loop.train(config_of(steps=1, **settings), tmp_path / "tuned")
+  before, after = (
+    flat(weights.read_tokenizer(folder)[1])["codebook"]
+    for folder in (first, tmp_path / "tuned")
+  )
+  np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+def test_what_is_not_of_a_part_keeps_its_average_too(first, tmp_path):
+  settings = {
+    "init_from": str(first),
+    "train_only": "decoder",
+    "ema_decay": 0.5,
+  }
+  loop.train(config_of(**settings), tmp_path / "tuned")
+  before, after = (
+    flat(weights.read_tokenizer(folder)[1])
+    for folder in (first, tmp_path / "tuned")
+  )
+  for path in ("codebook", "quant_conv/kernel", "encoder/conv_in/kernel"):
+    np.testing.assert_allclose(after[path], before[path], atol=1e-7)
+
+
+def test_a_run_with_other_players_cannot_be_resumed(tmp_path):
+  loop.train(config_of(steps=1), tmp_path)
+  more = {
+    "adversary.weight": 0.1,
+    "adversary.channels": 8,
+    "adversary.layers": 2,
+    "adversary.norm_groups": 4,
+  }
+  message = "1 has no adversary: it is of an earlier version, or of a run with"
+  with pytest.raises(ValueError, match=message):
+    loop.train(config_of(steps=2, **more), tmp_path, allow_config_change=True)
+
+
 def test_a_part_leaves_the_gradient_norm_to_what_is_trained(first, tmp_path):
   norms = {}
   for part in optim.PARTS:
@@ -161,10 +205,18 @@ def test_an_evaluation_writes_the_health_of_scales_and_a_page(tmp_path):
   "settings, message",
   [
     ({"train_only": "half"}, "train_only 'half' is not known"),
+    ({"train_only": "decoder"}, "'decoder' needs a trained tokenizer to start"),
     (
-      {"train_only": "decoder", "loss.revive_every": 5},
+      {"train_only": "decoder", "init_from": "/a", "loss.revive_every": 5},
       "train_only 'decoder' keeps the codes",
     ),
+    ({"loss.kmeans_rounds": 5}, "kmeans_rounds 5 belong to the look"),
+    (
+      {"lpips_path": "/a", "model.scales": (1, 2)},
+      "images of 8 pixels are",
+    ),
+    ({"adversary_optimizer.learning_rate": -1.0}, "learning_rate -1.0 is not"),
+    ({"adversary.weight": float("nan")}, "adversary.weight nan is negative"),
     ({"loss.lpips_weight": 1.0}, "needs weights; convert the public files"),
     (
       {"loss.lpips_weight": 1.0, "lpips_path": "/nowhere"},

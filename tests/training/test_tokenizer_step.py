@@ -61,7 +61,8 @@ def fresh():
     optax.adam(1e-2),
     use_ema=True,
     code_hits_SV=jnp.zeros((2, 16)),
-    explained_S=jnp.zeros(2),
+    explained_S=jnp.ones(2),
+    grace_V=jnp.zeros(16),
     rate=jnp.ones(()),
   )
 

@@ -28,6 +28,8 @@ def convert(lpips: str, output: epath.PathLike, vgg: str | None = None) -> None:
   """
   tensors = dict(tensor_files.read_tensors(lpips))
   if vgg is not None:
+    # What the first file has of VGG16 does not count then.
+    tensors = {k: v for k, v in tensors.items() if k.startswith("lin")}
     tensors |= tensor_files.read_tensors(vgg)
   where = lpips if vgg is None else f"{lpips} and {vgg}"
   weights = from_torch(tensors, where)
@@ -69,8 +71,9 @@ def from_torch(tensors: Mapping, where: str) -> dict[str, np.ndarray]:
     pattern, axes = _official(name)
     there = [key for key in tensors if re.fullmatch(pattern, key)]
     if not there:
-      missing = "VGG16's convolutions" if "conv" in name else "the heads"
-      remedy = "give the other file with --vgg, or one that has both"
+      missing, remedy = "the heads", "give lpips's file to --lpips"
+      if "conv" in name:
+        missing, remedy = "VGG16's convolutions", "give its file to --vgg"
       raise ValueError(
         f"{where}: no tensor {_readable(pattern)}, so {missing} are missing; "
         f"{remedy}."

@@ -39,6 +39,23 @@ def check_shapes(item: epath.Path, abstract) -> None:
       )
 
 
+def check_fields(item: epath.Path, wanted: Mapping[str, Any]) -> None:
+  """Raise ValueError unless a training state has the fields that are wanted."""
+  with store.readable(item.parent), contextlib.closing(handler()) as reader:
+    tree = reader.metadata(item).tree
+  there, wanted = (
+    {name for name, value in fields.items() if value is not None}
+    for fields in (tree, wanted)
+  )
+  for names, what in ((wanted - there, "has no"), (there - wanted, "has")):
+    if names:
+      raise ValueError(
+        f"checkpoint {item.parent} {what} {', '.join(sorted(names))}: it is of "
+        "an earlier version, or of a run with other players, and cannot be "
+        "resumed; start a new run with config.init_from."
+      )
+
+
 def parts(abstract) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
   """Yield the leaves by path: the largest alone and first, then several."""
   flat = flax.traverse_util.flatten_dict(abstract, sep="/")

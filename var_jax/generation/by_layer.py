@@ -28,22 +28,22 @@ class LayeredParams(NamedTuple):
 
 
 def suits(params: ModelParams) -> bool:
-  """Return whether parameters are values in the memory of one CPU."""
+  """Return whether parameters are values on the first device, a CPU."""
+  first = jax.local_devices()[0]
 
   def here(leaf) -> bool:
     if isinstance(leaf, jax.core.Tracer):
       return False
-    return isinstance(leaf, np.ndarray) or [
-      device.platform for device in leaf.devices()
-    ] == ["cpu"]
+    return isinstance(leaf, np.ndarray) or leaf.devices() == {first}
 
-  return jax.default_backend() == "cpu" and all(
-    map(here, jax.tree.leaves(params))
-  )
+  return first.platform == "cpu" and all(map(here, jax.tree.leaves(params)))
 
 
 def unstack(params: ModelParams) -> ModelParams:
-  """Return the same parameters with views of the transformer's layers."""
+  """Return the same parameters with views of the transformer's layers.
+
+  Layers that do not lie at whole cache lines are copies.
+  """
   rest = dict(params.var["params"])
   blocks = jax.tree.map(np.asarray, rest.pop("blocks"))
   depth = len(jax.tree.leaves(blocks)[0])

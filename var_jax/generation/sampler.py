@@ -13,8 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from var_jax.generation import by_layer as layers
-from var_jax.generation import step
+from var_jax.generation import by_layer, step
 from var_jax.generation.step import Given, ModelParams, Models, Options
 from var_jax.models import cpu
 
@@ -51,7 +50,7 @@ def draw_scales(
   guided: bool | tuple[int, int] = True,
   smooth: bool = False,
   given: tuple[Given, ...] | None = None,
-  by_layer: bool | None = None,
+  layer_programs: bool | None = None,
 ) -> Iterator[Drawn]:
   """Yield the scales coarse to fine.
 
@@ -63,8 +62,8 @@ def draw_scales(
       no unconditional half.
     smooth: feed the next scale a mixture of codes instead of the drawn ones.
     given: a scale each, the tokens to keep in place of drawn ones.
-    by_layer: a program a layer, or one for all layers of a scale; None takes
-      the first on a CPU, where it is faster.
+    layer_programs: one a layer, or one for all layers of a scale; None takes
+      the first where `by_layer.suits`.
   """
 
   def on_mesh(program):
@@ -76,9 +75,11 @@ def draw_scales(
     return run
 
   programs = (start_program, conditional_program, scale_program)
-  if layers.suits(params) if by_layer is None else by_layer:
-    params = layers.unstack(params)
-    programs = (layers.start, layers.conditional_half, layers.draw_scale)
+  if layer_programs is None:
+    layer_programs = by_layer.suits(params)
+  if layer_programs:
+    params = by_layer.unstack(params)
+    programs = (by_layer.start, by_layer.conditional_half, by_layer.draw_scale)
   programs = map(on_mesh, programs)
   scales = _each_scale(
     programs, models, params, labels_B, keys_B, options, given, guided, smooth

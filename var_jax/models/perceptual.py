@@ -46,30 +46,34 @@ def distance(
 
   Args:
     weights: as `shapes` has them.
+    y_BHW3: has no gradient.
     dtype: of the inputs of convolutions.
   """
-  B = len(x_BHW3)
-  images_CHW3 = jnp.concatenate([x_BHW3, y_BHW3])
-  total_B = jnp.zeros(B)
-  for l, f_CijF in enumerate(_features(weights, images_CHW3, dtype)):
-    f_CijF = f_CijF.astype(jnp.float32)
-    f_CijF /= _length(f_CijF) + 1e-10
-    apart_BijF = jnp.square(f_CijF[:B] - f_CijF[B:])
+  total_B = jnp.zeros(len(x_BHW3))
+  # Apart, not as one batch: on a mesh that would move features about.
+  pairs = zip(
+    _features(weights, x_BHW3, dtype),
+    _features(weights, jax.lax.stop_gradient(y_BHW3), dtype),
+    strict=True,
+  )
+  for l, (f_BijF, g_BijF) in enumerate(pairs):
+    apart_BijF = jnp.square(_directions(f_BijF) - _directions(g_BijF))
     total_B += jnp.mean(apart_BijF @ weights[f"head{l}"], axis=(1, 2))
   return total_B
 
 
-def _length(f_CijF: jax.Array) -> jax.Array:
-  """Return the length of each vector of channels, with a gradient of 0 at 0."""
-  squared_Cij1 = jnp.sum(jnp.square(f_CijF), axis=-1, keepdims=True)
-  somewhere_Cij1 = squared_Cij1 > 0
-  root_Cij1 = jnp.sqrt(jnp.where(somewhere_Cij1, squared_Cij1, 1.0))
-  return jnp.where(somewhere_Cij1, root_Cij1, 0.0)
+def _directions(f_BijF: jax.Array) -> jax.Array:
+  """Return vectors of channels at length 1, with a gradient of 0 at 0."""
+  f_BijF = f_BijF.astype(jnp.float32)
+  squared_Bij1 = jnp.sum(jnp.square(f_BijF), axis=-1, keepdims=True)
+  somewhere_Bij1 = squared_Bij1 > 0
+  root_Bij1 = jnp.sqrt(jnp.where(somewhere_Bij1, squared_Bij1, 1.0))
+  return f_BijF / (jnp.where(somewhere_Bij1, root_Bij1, 0.0) + 1e-10)
 
 
-def _features(weights, images_CHW3, dtype):
-  """Yield what VGG16 sees at each tap, [C, i, j, F]."""
-  x = (images_CHW3 - jnp.asarray(_MEAN_3)) / jnp.asarray(_STD_3)
+def _features(weights, image_BHW3, dtype):
+  """Yield what VGG16 sees at each tap, [B, i, j, F]."""
+  x = (image_BHW3 - jnp.asarray(_MEAN_3)) / jnp.asarray(_STD_3)
   i = 0
   for l, (convs, _) in enumerate(BLOCKS):
     if l:

@@ -54,6 +54,7 @@ PARAM_AXES = (
   (r"codebook", ("vocab", "latent")),
   (r"code_hits_SV", ("scales", "vocab")),
   (r"explained_S", ("scales",)),
+  (r"grace_V", ("vocab",)),
   (r"patch_\w+/kernel", ("i", "j", "channels_in", "channels_out")),
   (r"patch_\w+/(bias|scale)", ("channels_out",)),
 )

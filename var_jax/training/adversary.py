@@ -50,7 +50,7 @@ class AdversaryConfig:
 
   def __post_init__(self):
     for name in ("weight", "start", "lecam"):
-      if getattr(self, name) < 0:
+      if not getattr(self, name) >= 0:
         raise ValueError(
           f"adversary.{name} {getattr(self, name)} is negative; use 0 or more."
         )

@@ -183,4 +183,6 @@ def _check_bucket(workdir: epath.Path) -> None:
     raise ValueError(f"workdir {workdir}: {files.reason(error)}") from None
 
 
-_WRITTEN = ("README.md", "metrics.jsonl", "parameters.txt", "checkpoints")
+_WRITTEN = (
+  "README.md", "metrics.jsonl", "parameters.txt", "report.html", "checkpoints",
+)  # fmt: skip

@@ -51,7 +51,7 @@ class CollapseConfig:
         f"collapse.min_explained {self.min_explained} is not below 1; it is a "
         "share."
       )
-    if self.min_perplexity < 0:
+    if not self.min_perplexity >= 0:
       raise ValueError(
         f"collapse.min_perplexity {self.min_perplexity} is negative; 0 asks "
         "for none."
@@ -104,17 +104,25 @@ def explained(latent_energy: jax.Array, residual_S: jax.Array) -> jax.Array:
   return jnp.maximum(share_S, -1.0)
 
 
+def is_new(state: TrainState) -> jax.Array:
+  """Return whether nothing was drawn yet.
+
+  The clock does not say so: it goes on over refused steps and rollbacks.
+  """
+  return jnp.sum(state.code_hits_SV) == 0
+
+
 def counted(
-  state: TrainState, before: jax.Array, hits_SV, explained_S
+  state: TrainState, before: TrainState, hits_SV, explained_S
 ) -> TrainState:
   """Return the state with a batch's counts in its running ones.
 
   Args:
-    before: steps taken until this one.
+    before: as the step found it.
   """
   # VAR: the first count as it is, then a short memory, then a long one.
-  decay = jnp.where(before < 100, 0.9, 0.99)
-  decay = jnp.where(before == 0, 0.0, decay)
+  decay = jnp.where(before.step < 100, 0.9, 0.99)
+  decay = jnp.where(is_new(before), 0.0, decay)
 
   def running(mean, new):
     return decay * mean + (1.0 - decay) * new
@@ -122,6 +130,7 @@ def counted(
   return state.replace(
     code_hits_SV=running(state.code_hits_SV, hits_SV),
     explained_S=running(state.explained_S, explained_S),
+    grace_V=decay * state.grace_V,
   )
 
 
@@ -129,8 +138,7 @@ def collapsed(cfg: CollapseConfig, state: TrainState) -> jax.Array:
   """Return which scales collapse, bool [S]; none where it is not time."""
   if not cfg.every:
     return jnp.zeros(state.explained_S.shape, bool)
-  # Before a first look there are `every` steps to look at.
-  time = (state.step % cfg.every == 0) & (state.step > 0)
+  time = (state.step % cfg.every == 0) & ~is_new(state)
   return time & (
     (state.explained_S < cfg.min_explained)
     | (perplexity(state.code_hits_SV) < cfg.min_perplexity)
@@ -165,9 +173,9 @@ def start_from_data(
 
   codebook_VZ = state.params["params"]["codebook"]
   _, wanted_MZ = _wanted(tokenizer, state.params, codebook_VZ, f_BhwZ)
-  codebook_VZ = _drawn(key, wanted_MZ, V)
+  codebook_VZ = _drawn(jax.random.fold_in(key, 0), wanted_MZ, V)
   codebook_VZ = jax.lax.fori_loop(1, rounds + 1, take_round, codebook_VZ)
-  return _with_codebook(state, codebook_VZ)
+  return _with_codes(state, codebook_VZ, jnp.ones(V, bool))
 
 
 def move_dead(
@@ -193,23 +201,21 @@ def move_dead(
     odds_M = jnp.tile(odds_L, len(image_BHW3))
     odds_M /= jnp.maximum(jnp.sum(odds_M), 1.0)
   drawn_VZ = _drawn(key, wanted_MZ, len(codebook_VZ), odds_M)
-  codebook_VZ = jnp.where(dead_V[:, None], drawn_VZ, codebook_VZ)
-  # Moved codes get an even share, or they would be dead next time too.
+  # Moved codes count as in even use, or they would be dead next time too.
   even = jnp.sum(state.code_hits_SV) / len(codebook_VZ)
-  share = jnp.where(even > 0, even / len(scales), 0.0)
-  hits_SV = jnp.where(dead_V, share, state.code_hits_SV)
-  return _with_codebook(state, codebook_VZ).replace(code_hits_SV=hits_SV)
+  state = _with_codes(state, drawn_VZ, dead_V)
+  return state.replace(grace_V=jnp.where(dead_V, even, state.grace_V))
 
 
 def dead(state: TrainState, below: float) -> jax.Array:
   """Return which codes are drawn less than `below` of an even use, [V]."""
   hits_V = jnp.sum(state.code_hits_SV, axis=0)
-  return hits_V < below * jnp.mean(hits_V)
+  return hits_V + state.grace_V < below * jnp.mean(hits_V)
 
 
 def least_used(state: TrainState, below: float) -> jax.Array:
   """Return the dead codes, or more if those are less than an eighth, [V]."""
-  hits_V = jnp.sum(state.code_hits_SV, axis=0)
+  hits_V = jnp.sum(state.code_hits_SV, axis=0) + state.grace_V
   rank_V = jnp.argsort(jnp.argsort(hits_V))
   return dead(state, below) | (rank_V < max(1, round(len(hits_V) * _MOVED)))
 
@@ -240,6 +246,13 @@ def _drawn(key, wanted_MZ, count: int, odds_M=None) -> jax.Array:
   return picks_VZ + spread_Z * jax.random.normal(noise_key, picks_VZ.shape)
 
 
-def _with_codebook(state: TrainState, codebook_VZ) -> TrainState:
-  params = {**state.params["params"], "codebook": codebook_VZ}
-  return state.replace(params={**state.params, "params": params})
+def _with_codes(state: TrainState, codebook_VZ, moved_V) -> TrainState:
+  """Return the state with other codes where they moved, the average too."""
+
+  def changed(variables):
+    params = variables["params"]
+    codes_VZ = jnp.where(moved_V[:, None], codebook_VZ, params["codebook"])
+    return {**variables, "params": {**params, "codebook": codes_VZ}}
+
+  ema = state.ema if state.ema is None else changed(state.ema)
+  return state.replace(params=changed(state.params), ema=ema)

@@ -178,6 +178,12 @@ class Observer:
         "or set loss.revive_every, or collapse.policy to revive or lower (with "
         "--allow-config-change)."
       )
+    if values["skipped"]:
+      self.report.message(
+        f"step {step}: the codes collapse at {named}; its update was refused, "
+        "and nothing is done"
+      )
+      return
     done = {
       "report": "nothing is done about it",
       "revive": "the least used codes are moved to what it wants",

@@ -97,23 +97,21 @@ def make_optimizer(
   """
   adamw = optax.chain(
     optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-    _decay_and_scale(*schedules(cfg, steps=steps, batch_size=batch_size)),
+    _decay_and_scale(*schedules(cfg, steps=steps, batch_size=batch_size), part),
   )
   # Without a clip something without state is in its place: a run can go on
   # with one or the other.
   clip = optax.identity()
   if cfg.clip_norm:
     clip = optax.clip_by_global_norm(cfg.clip_norm)
-  if part == "all":
-    return optax.chain(clip, adamw)
-  # Or what is not trained would still decay.
-  return optax.chain(
-    clip, adamw, optax.stateless(lambda updates, _: only(part, updates))
-  )
+  return optax.chain(clip, adamw)
 
 
-def _decay_and_scale(rate: Schedule, decay: Schedule):
-  """Return u -> -rate(step) (u + decay(step) p), decay where the mask is."""
+def _decay_and_scale(rate: Schedule, decay: Schedule, part: str):
+  """Return u -> -rate(step) (u + decay(step) p), decay where the mask is.
+
+  It is 0 for what is not of the part, which would still decay.
+  """
 
   def update(updates, state, params, *, step, **unused):
     scale, weight = -rate(step), decay(step)
@@ -123,7 +121,7 @@ def _decay_and_scale(rate: Schedule, decay: Schedule):
       params,
       decay_mask(params),
     )
-    return updates, state
+    return only(part, updates), state
 
   return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

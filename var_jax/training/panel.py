@@ -91,7 +91,7 @@ def _table(charts: Charts) -> str:
 
 
 def _chart(name: str, lines: Mapping[str, Sequence]) -> str:
-  """Return a figure; a thin line is a coarse scale, its number at its end."""
+  """Return a figure; a scale's number is at the end of its line."""
   xy = np.array([point for points in lines.values() for point in points])
   (x0, y0), (x1, y1) = xy.min(axis=0), xy.max(axis=0)
 

@@ -51,6 +51,7 @@ class Replay:
     start = self.history.start_of(self.history.steps[first])
     self.recorded = start["provenance"]
     config = ml_collections.ConfigDict(self.recorded["config"])
+    checks.check_config(config)  # may be of an earlier version
     self.run = setup.open_run(_tuples(config), self.workdir)
     self.causes = _causes(self, there)
 

@@ -48,6 +48,8 @@ class Run:
     like = self.program.like
     folder = checkpoints.folder(step)
     orbax_trees.check_shapes(folder / "params", like.params["params"])
+    wanted = trees_of(like)["training"]
+    orbax_trees.check_fields(folder / "training", wanted)
     new_average = like.ema is not None and not (folder / "ema").exists()
     wanted = like.replace(ema=None) if new_average else like
     trees, position = checkpoints.restore(step, trees_of(wanted))
@@ -137,6 +139,9 @@ def trees_of(state: TrainState) -> dict[str, Any]:
     for field in dataclasses.fields(state)
     if field.name not in ("params", "ema")
   }
+  # What came later is left out where there is none: runs of before go on.
+  later = ("grace_V", "explained_S", "rate", "adversary")
+  rest = {k: v for k, v in rest.items() if v is not None or k not in later}
   return {"params": state.params, "ema": state.ema, "training": rest}
 
 

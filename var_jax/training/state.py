@@ -19,6 +19,7 @@ class TrainState:
   ema: Any = None  # of params; None where it is off
   # Of a tokenizer only.
   code_hits_SV: jax.Array | None = None  # running count of draws
+  grace_V: jax.Array | None = None  # draws that a moved code is given
   explained_S: jax.Array | None = None  # of the energy that reaches a scale
   rate: jax.Array | None = None  # that the learning rate is multiplied by
   adversary: Any = None  # a discriminator's state; None where there is none

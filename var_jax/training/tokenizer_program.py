@@ -37,7 +37,9 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     params = warm_start.start_tokenizer(
       variables, described.tokenizer, training.cfg
     )
-    return training.placed(training.create, params)
+    # As if all codes were drawn alike, until this run has counted.
+    shape = (len(training.cfg.schedule), training.cfg.vocab_size)
+    return training.placed(training.create, params, np.ones(shape, np.float32))
 
   def draw(run, state) -> Mapping[str, np.ndarray]:
     n = min(config.pictures, len(run.held_out))

@@ -2,9 +2,10 @@
 
     loss = L2 + L1 + quantiser loss + LPIPS + adversary     (paper eq. 5)
 
-each with its weight. All of it looks at one reconstruction: the gradients of
-the image are added up before they go back through the tokenizer, and the
-discriminator is trained beside it on the same images.
+each with its weight; what is reported and judged as "loss" is without the last,
+which is no measure of progress. All of it looks at one reconstruction: the
+gradients of the image are added up before they go back through the tokenizer,
+and the discriminator is trained beside it on the same images.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from var_jax.training.state import (
 )
 
 # What a key is for, see var_step.
-REVIVAL, SCALE_DROPOUT = 3, 4
+REVIVAL, SCALE_DROPOUT, RESTORATION = 3, 4, 7
 
 _GUARD = GuardConfig()
 _COLLAPSE = CollapseConfig()
@@ -63,11 +64,16 @@ class TokenizerLossConfig:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      if getattr(self, field.name) < 0:
+      if not getattr(self, field.name) >= 0:
         raise ValueError(
           f"{field.name} {getattr(self, field.name)} is negative; 0 turns it "
           "off."
         )
+    if self.kmeans_rounds and not self.revive_every:
+      raise ValueError(
+        f"kmeans_rounds {self.kmeans_rounds} belong to the look for dead codes "
+        "before the first step; set revive_every too."
+      )
     if self.scale_dropout > 1.0:
       raise ValueError(
         f"scale_dropout {self.scale_dropout} is above 1; it is a share."
@@ -127,7 +133,7 @@ def make_step(
         generate, state.params, has_aux=True
       )
       # Of pixels and features; its gradient is of the image.
-      compare = _compare(cfg, frozen, image_BHW3)
+      compare = _compare(cfg, frozen, image_BHW3, tokenizer.cfg.dtype)
       (rest, metrics), image_grad = jax.value_and_grad(compare, has_aux=True)(
         again_BHW3
       )
@@ -156,7 +162,7 @@ def make_step(
       gradients, batch, accumulate
     )
     after, updates = state.apply_gradients(grads, optimizer, ema_decay)
-    after = codes.counted(after, state.step, accumulate * hits_SV, explained_S)
+    after = codes.counted(after, state, accumulate * hits_SV, explained_S)
     if against is not None:
       after = adversary_step.advance(
         against, state, after, adversary_grads, metrics
@@ -190,6 +196,7 @@ def _tend(
   """Look after the codes before a step; return also what collapses, [S]."""
   image_BHW3 = to_float_images(batch["image"])
   key = step_key(seed, REVIVAL, state.step)
+  restore_key = step_key(seed, RESTORATION, state.step)
   collapsed_S = codes.collapsed(collapse, state)
   found = jnp.any(collapsed_S)
   if cfg.revive_every:
@@ -204,14 +211,14 @@ def _tend(
       return codes.move_dead(tokenizer, state, image_BHW3, key, dead_V)
 
     time = state.step % cfg.revive_every == 0
-    which = jnp.where(time, jnp.where(state.step == 0, 1, 2), 0)
+    which = jnp.where(codes.is_new(state), 1, jnp.where(time, 2, 0))
     state = jax.lax.switch(which, [lambda state: state, start, revive], state)
   if collapse.policy == "revive":
 
     def restore(state):
       moved_V = codes.least_used(state, cfg.revive_below)
       return codes.move_dead(
-        tokenizer, state, image_BHW3, key, moved_V, collapsed_S
+        tokenizer, state, image_BHW3, restore_key, moved_V, collapsed_S
       )
 
     state = jax.lax.cond(found, restore, lambda state: state, state)
@@ -236,7 +243,7 @@ def _kept_scales(part, rate: float, count: int, seed: int) -> jax.Array | None:
   return jax.vmap(of_sample)(keys_B)
 
 
-def _compare(cfg, frozen, image_BHW3) -> Callable[[jax.Array], Any]:
+def _compare(cfg, frozen, image_BHW3, dtype) -> Callable[[jax.Array], Any]:
   """Return what compares a reconstruction with the image: (loss, metrics)."""
 
   def compare(again_BHW3):
@@ -249,7 +256,7 @@ def _compare(cfg, frozen, image_BHW3) -> Callable[[jax.Array], Any]:
       loss += cfg.l1_weight * metrics["l1"]
     if cfg.lpips_weight:
       metrics["lpips"] = jnp.mean(
-        perceptual.distance(frozen["lpips"], again_BHW3, image_BHW3)
+        perceptual.distance(frozen["lpips"], again_BHW3, image_BHW3, dtype)
       )
       loss += cfg.lpips_weight * metrics["lpips"]
     return loss, metrics

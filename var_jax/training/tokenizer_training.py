@@ -59,6 +59,11 @@ class TokenizerTraining:
         f"train_only {part!r} is not known; use one of "
         f"{', '.join(optim.PARTS)}."
       )
+    if part != "all" and not config.init_from:
+      raise ValueError(
+        f"train_only {part!r} needs a trained tokenizer to start from; set "
+        "init_from."
+      )
     if part == "decoder" and (loss.revive_every or collapse.policy == "revive"):
       raise ValueError(
         "train_only 'decoder' keeps the codes, and they are to be revived; set "
@@ -71,10 +76,10 @@ class TokenizerTraining:
         "(docs/tokenizer.md says where they are) and set lpips_path."
       )
     side = min(self.cfg.image_shape)
-    if loss.lpips_weight and side < perceptual.MIN_SIDE:
+    if config.lpips_path and side < perceptual.MIN_SIDE:
       raise ValueError(
         f"images of {side} pixels are too small for LPIPS, which needs "
-        f"{perceptual.MIN_SIDE}; set loss.lpips_weight=0."
+        f"{perceptual.MIN_SIDE}; leave lpips_path empty."
       )
     if against and side < 2**against.cfg.layers:
       raise ValueError(
@@ -102,11 +107,11 @@ class TokenizerTraining:
   @functools.cached_property
   def _against(self) -> adversary_step.Against | None:
     cfg = programs.build(adversary.AdversaryConfig, self.config.adversary)
-    if not cfg.weight:
-      return None
     optimizer = programs.build(
       optim.OptimizerConfig, self.config.adversary_optimizer
     )
+    if not cfg.weight:
+      return None
     return adversary_step.Against(
       cfg,
       adversary.make_discriminator(cfg, self.cfg.dtype),
@@ -127,10 +132,16 @@ class TokenizerTraining:
     key = programs.init_key(self.config)
     return self.create(tokenizer_step.init_params(self.tokenizer, key))
 
-  def create(self, params: Any) -> TrainState:
-    """Return the state before the first step."""
+  def create(self, params: Any, hits_SV: Any = None) -> TrainState:
+    """Return the state before the first step.
+
+    Args:
+      hits_SV: how often codes that are kept were drawn; without it, none was,
+        and codes may start from data.
+    """
     optimizer, _ = self._optimizer
-    S, against = len(self.cfg.schedule), None
+    S, V = len(self.cfg.schedule), self.cfg.vocab_size
+    against = None
     if self._against:
       key = jax.random.fold_in(programs.init_key(self.config), 1)
       against = adversary_step.init(self._against, self.tokenizer, key)
@@ -138,8 +149,9 @@ class TokenizerTraining:
       params,
       optimizer,
       use_ema=self.config.ema_decay > 0,
-      code_hits_SV=jnp.zeros((S, self.cfg.vocab_size)),
-      explained_S=jnp.zeros(S),
+      code_hits_SV=jnp.zeros((S, V)) if hits_SV is None else hits_SV,
+      grace_V=jnp.zeros(V),
+      explained_S=jnp.ones(S),
       rate=jnp.ones(()),
       adversary=against,
     )

@@ -1,0 +1,71 @@
+"""A program a layer: views of the stack, donated caches, heads one by one."""
+
+import golden_files
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from var_jax.generation import by_layer, sampler
+from var_jax.generation.sampler import Options
+from var_jax.models import cpu
+
+MODELS, PARAMS = golden_files.pair("A")
+FREE = Options(2.0, 40, 0.9)
+KEY = jax.random.key(5)
+
+
+def test_the_parameters_of_layers_are_views():
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  whole = params.var["params"]["blocks"]["ffn"]["fc1"]["kernel"]
+  layers = by_layer.unstack(params).var
+  assert len(layers.blocks) == len(whole) and "blocks" not in layers.rest
+  for r, layer in enumerate(layers.blocks):
+    kernel = layer["ffn"]["fc1"]["kernel"]
+    np.testing.assert_array_equal(kernel, whole[r])
+    place = whole.unsafe_buffer_pointer() + r * kernel.nbytes
+    assert kernel.unsafe_buffer_pointer() == place
+
+
+def test_only_values_are_drawn_layer_by_layer():
+  assert by_layer.suits(PARAMS)
+  assert by_layer.suits(jax.tree.map(jnp.asarray, PARAMS))
+  assert not jax.jit(lambda params: jnp.array(by_layer.suits(params)))(PARAMS)
+
+
+def test_a_layers_cache_and_f_hat_are_donated():
+  params = by_layer.unstack(PARAMS)
+  state, modulation = by_layer.start(MODELS, params, jnp.array([3]), True)
+  keys_B = sampler.image_keys(KEY, 1)
+  by_layer.draw_scale(
+    MODELS, 0, True, False, params, state, modulation, keys_B, FREE, None
+  )
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_attention_a_head_at_a_time_draws_the_same_tokens(monkeypatch):
+  """Here all scales are below what it is for, so that is lowered."""
+  lengths = []
+
+  def attend(q_BlNK, *rest):
+    lengths.append(q_BlNK.shape[1])
+    return attend_by_heads(q_BlNK, *rest)
+
+  attend_by_heads = cpu.attend
+  monkeypatch.setattr(cpu, "attend", attend)
+  monkeypatch.setattr(cpu, "_MIN_QUERIES", 4)
+  jax.clear_caches()
+  tokens = []
+  for layer_programs in (True, False):
+    scales = sampler.draw_scales(
+      MODELS,
+      PARAMS,
+      jnp.array([3, -1]),
+      sampler.image_keys(KEY, 2),
+      FREE,
+      layer_programs=layer_programs,
+    )
+    drawn = [scale.tokens_Bl for scale in scales]
+    tokens.append(np.concatenate(drawn, axis=1))
+  np.testing.assert_array_equal(*tokens)
+  assert max(lengths) >= 4
+  jax.clear_caches()  # of programs with the lowered number
