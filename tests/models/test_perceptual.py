@@ -71,7 +71,8 @@ def test_an_image_has_no_distance_from_itself_nor_a_gradient_that_is_nan():
     jax.value_and_grad(lambda x: jnp.sum(perceptual.distance(plain, x, x_BHW3)))
   )
   value, grad = distance(x_BHW3)
-  assert abs(value) < 1e-12 and np.all(np.isfinite(grad))
+  # Squares of what two programs of one image round differently.
+  assert abs(value) < 1e-10 and np.all(np.isfinite(grad))
   value, grad = distance(x_BHW3 + 0.01)
   assert value > 0.0 and np.all(np.isfinite(grad)) and np.any(grad)
 

@@ -1,6 +1,7 @@
 """The tokenizer's recipe through `loop.train`: parts, guards, what is said."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ from etils import epath
 
 from configs import tokenizer as presets
 from var_jax.checkpoints import store, weights
-from var_jax.training import loop, optim, setup, tokenizer_step
+from var_jax.models.scales import ScaleSchedule
+from var_jax.training import loop, observer, setup, tokenizer_step
 
 
 def config_of(steps=2, **settings):
@@ -47,14 +49,15 @@ def first(tmp_path_factory):
 def test_a_part_of_a_trained_tokenizer_is_trained_alone(
   part, moved, first, tmp_path
 ):
-  settings = {"init_from": str(first), "train_only": part, "ema_decay": 0.0}
+  settings = {"init_from": str(first), "train_only": part, "ema_decay": 0.5}
   settings["optimizer.learning_rate"] = 0.1
   loop.train(config_of(**settings), tmp_path / "tuned")
   before = flat(weights.read_tokenizer(first)[1])
   after = flat(weights.read_tokenizer(tmp_path / "tuned")[1])
   for path, leaf in before.items():
     if not path.startswith(moved):
-      np.testing.assert_array_equal(after[path], leaf, path)
+      # Of the average, which has its own rounding.
+      np.testing.assert_allclose(after[path], leaf, atol=1e-7, err_msg=path)
   changed = {path for path in before if np.any(after[path] != before[path])}
   kernels = {
     path
@@ -80,21 +83,6 @@ def test_a_tokenizer_that_a_run_starts_from_keeps_its_codes(first, tmp_path):
   np.testing.assert_allclose(after, before, atol=1e-6)
 
 
-def test_what_is_not_of_a_part_keeps_its_average_too(first, tmp_path):
-  settings = {
-    "init_from": str(first),
-    "train_only": "decoder",
-    "ema_decay": 0.5,
-  }
-  loop.train(config_of(**settings), tmp_path / "tuned")
-  before, after = (
-    flat(weights.read_tokenizer(folder)[1])
-    for folder in (first, tmp_path / "tuned")
-  )
-  for path in ("codebook", "quant_conv/kernel", "encoder/conv_in/kernel"):
-    np.testing.assert_allclose(after[path], before[path], atol=1e-7)
-
-
 def test_a_run_with_other_players_cannot_be_resumed(tmp_path):
   loop.train(config_of(steps=1), tmp_path)
   more = {
@@ -106,17 +94,6 @@ def test_a_run_with_other_players_cannot_be_resumed(tmp_path):
   message = "1 has no adversary: it is of an earlier version, or of a run with"
   with pytest.raises(ValueError, match=message):
     loop.train(config_of(steps=2, **more), tmp_path, allow_config_change=True)
-
-
-def test_a_part_leaves_the_gradient_norm_to_what_is_trained(first, tmp_path):
-  norms = {}
-  for part in optim.PARTS:
-    settings = {"init_from": str(first), "train_only": part}
-    loop.train(config_of(steps=1, **settings), tmp_path / part)
-    (line,) = (tmp_path / part / "metrics.jsonl").read_text().splitlines()
-    norms[part] = json.loads(line)["grad_norm"]
-  assert 0 < norms["quantizer"] < norms["all"]
-  assert 0 < norms["decoder"] < norms["all"]
 
 
 def test_a_collapse_stops_the_run_with_the_name_of_the_scale(tmp_path):
@@ -135,25 +112,40 @@ def test_a_collapse_stops_the_run_with_the_name_of_the_scale(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "policy, said",
+  "policy, skipped, said",
   [
-    ("report", "nothing is done about it"),
-    ("revive", "the least used codes are moved"),
-    ("lower", "the learning rate is multiplied by 0.5"),
+    ("report", 0.0, "nothing is done about it"),
+    ("revive", 0.0, "the least used codes are moved to what it wants"),
+    ("lower", 0.0, "the learning rate is multiplied by 0.5"),
+    ("lower", 1.0, "its update was refused, and nothing is done"),
   ],
 )
-def test_a_collapse_is_said_and_what_is_done(policy, said, tmp_path, capsys):
-  config = config_of(
-    steps=4,
-    **{
-      "collapse.policy": policy,
-      "collapse.every": 3,
-      "collapse.min_explained": 0.999,
-    },
+def test_a_collapse_is_said_and_what_is_done(policy, skipped, said):
+  said_so_far, schedule = [], ScaleSchedule((1, 2))
+  run = SimpleNamespace(
+    program=SimpleNamespace(
+      description=SimpleNamespace(tokenizer=SimpleNamespace(schedule=schedule))
+    ),
+    config=SimpleNamespace(collapse=SimpleNamespace(policy=policy)),
   )
-  loop.train(config, tmp_path)
-  (line,) = [x for x in capsys.readouterr().err.splitlines() if "collapse" in x]
-  assert line.startswith("step 4: ") and said in line
+  told = SimpleNamespace(
+    _run=run, report=SimpleNamespace(message=said_so_far.append)
+  )
+  values = {
+    "collapsed": {"0": 0.0, "1": 1.0},
+    "explained": {"0": 0.5, "1": 0.004},
+    "perplexity": {"0": 9.0, "1": 1.25},
+    "rate": 0.5,
+    "skipped": skipped,
+  }
+  observer.Observer._collapsed(told, 4, values)
+  assert said_so_far == [
+    "step 4: the codes collapse at scale 1 (2x2, explains 0.40% of the energy "
+    f"that reaches it, perplexity 1.2); {said}"
+  ]
+  values["collapsed"]["1"] = 0.0
+  observer.Observer._collapsed(told, 5, values)
+  assert len(said_so_far) == 1
 
 
 def test_a_run_that_is_stopped_goes_on_with_all_that_it_carries(tmp_path):

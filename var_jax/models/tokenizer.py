@@ -123,6 +123,13 @@ class Tokenizer(nn.Module):
     Args:
       kept_B: scales that each is made of, see `quantize_for_training`.
     """
+    image_BHW3, _, quantized = self.reconstruct(image_BHW3, kept_B)
+    return image_BHW3, quantized
+
+  def reconstruct(
+    self, image_BHW3: jax.Array, kept_B: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, Quantized]:
+    """Return the same, and between them what the last convolution takes."""
     cfg = self.cfg
     quantized = quantizer.quantize_for_training(
       self.to_latent(image_BHW3),
@@ -133,7 +140,8 @@ class Tokenizer(nn.Module):
       cfg.beta,
       kept_B,
     )
-    return self.to_image(quantized.f_hat_BhwZ), quantized
+    latent_BhwZ = self.post_quant_conv(quantized.f_hat_BhwZ)
+    return *self.decoder(latent_BhwZ, with_features=True), quantized
 
   def encode(
     self, image_BHW3: jax.Array, scales: ScaleSchedule | None = None

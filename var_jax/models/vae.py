@@ -143,7 +143,8 @@ class Decoder(ConvKit):
   blocks: int = 3
 
   @nn.compact
-  def __call__(self, latent_BhwZ):
+  def __call__(self, latent_BhwZ, with_features: bool = False):
+    """Return the image, or (image, what the last convolution takes)."""
     last, kit = len(self.channel_mults) - 1, self.kit
     x = self.conv(self.channel_mults[-1] * self.channels, "conv_in")(
       latent_BhwZ
@@ -159,7 +160,34 @@ class Decoder(ConvKit):
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
         x = self.conv(x.shape[-1], f"up_{level}_upsample")(x)
     x = nn.swish(self.norm(x, "norm_out"))
-    return self.conv(3, "conv_out")(x).astype(jnp.float32)
+    image_BHW3 = self.conv(3, "conv_out")(x).astype(jnp.float32)
+    return (image_BHW3, x) if with_features else image_BHW3
+
+
+def last_kernel_gradient(x_BHWZ: jax.Array, grad_BHW3: jax.Array) -> jax.Array:
+  """Return the gradient of the decoder's last kernel, [3, 3, Z, 3].
+
+  Args:
+    x_BHWZ: what the last convolution takes.
+    grad_BHW3: of the image.
+  """
+
+  def image_of(kernel_33Z3):
+    return jax.lax.conv_general_dilated(
+      x_BHWZ,
+      kernel_33Z3,
+      window_strides=(1, 1),
+      padding="SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      precision=layers.matmul_precision(x_BHWZ.dtype),
+    )
+
+  shape = (3, 3, x_BHWZ.shape[-1], 3)
+  kernel = jax.ShapeDtypeStruct(shape, x_BHWZ.dtype)
+  (found,) = jax.linear_transpose(image_of, kernel)(
+    grad_BHW3.astype(x_BHWZ.dtype)
+  )
+  return found.astype(jnp.float32)
 
 
 def _middle(x_BhwZ, kit):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.vae import last_kernel_gradient
 from var_jax.training import adversary as adversary_lib
 from var_jax.training.adversary import Adversary, AdversaryConfig
 from var_jax.training.state import TrainState, sample_keys
@@ -31,10 +32,14 @@ def init(against: Against, tokenizer: Tokenizer, key) -> Adversary:
   return Adversary(params, against.optimizer.init(params), zero, zero)
 
 
-def play(against, seed, part, step, listened, image_grad, pull):
+def play(against, seed, part, step, listened, image_grad, features_BHWZ):
   """Return the image's gradient with D's part, D's gradients, and metrics.
 
   Before the start nothing of it is computed and all of it is 0.
+
+  Args:
+    image_grad: of all other losses.
+    features_BHWZ: what the decoder's last convolution takes.
   """
   cfg, apply = against.cfg, against.network.apply
   state, image_BHW3, again_BHW3 = listened
@@ -52,9 +57,9 @@ def play(against, seed, part, step, listened, image_grad, pull):
     generator_loss, fooled_grad = jax.value_and_grad(fooled)(again_BHW3)
     weight = jnp.float32(cfg.weight)
     if cfg.adaptive:
-      # Of all that goes back, these two need the last layer only.
       weight *= adversary_lib.adaptive_weight(
-        *(_last_kernel(pull, grad) for grad in (image_grad, fooled_grad))
+        last_kernel_gradient(features_BHWZ, image_grad),
+        last_kernel_gradient(features_BHWZ, fooled_grad),
       )
 
     def loss_of(params):
@@ -86,11 +91,6 @@ def play(against, seed, part, step, listened, image_grad, pull):
     return image_grad, *nothing[1:]
 
   return jax.lax.cond(step >= cfg.start, now, later)
-
-
-def _last_kernel(pull, image_grad) -> jax.Array:
-  (grads,) = pull((image_grad, jnp.zeros(())))
-  return grads["params"]["decoder"]["conv_out"]["kernel"]
 
 
 def advance(against, state, after, grads, metrics) -> TrainState:

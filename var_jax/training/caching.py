@@ -146,12 +146,12 @@ def tokenizer_checksum(variables: Mapping, cfg: TokenizerConfig) -> str:
 
 
 def _check_config(config) -> None:
-  checks.check_config(config)
-  if config.kind != "var":
+  if config.get("kind") == "tokenizer":
     raise ValueError(
       f"kind {config.kind!r} trains on images; cache the tokens of a config of "
       "kind 'var'."
     )
+  checks.check_config(config)
   if not (config.tokenizer_path or config.init_from):
     raise ValueError(
       "tokenizer_path is empty; set config.tokenizer_path to the workdir of a "

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from var_jax import appended
+from var_jax import appended, files
 from var_jax.data import broken
 from var_jax.ledger import checksum, provenance
 from var_jax.ledger.records import Recorder
@@ -113,7 +113,12 @@ class Observer:
       self.report.images(step, name, pixels)
     if jax.process_index() == 0:
       self.report.flush()
-      panel.write(self._workdir, pictures)
+      try:
+        panel.write(self._workdir, pictures)
+      except OSError as error:  # it is for eyes only, and no reason to end
+        self.report.message(
+          f"step {step}: report.html cannot be written ({files.reason(error)})"
+        )
 
   def rolled_back(self, step: int, to: int) -> None:
     self.report.message(

@@ -126,10 +126,12 @@ def make_step(
       kept_B = _kept_scales(part, cfg.scale_dropout, len(scales), seed)
 
       def generate(params):
-        again_BHW3, quantized = tokenizer.apply(params, image_BHW3, kept_B)
-        return (again_BHW3, quantized.loss), quantized
+        again_BHW3, features_BHWZ, quantized = tokenizer.apply(
+          params, image_BHW3, kept_B, method="reconstruct"
+        )
+        return (again_BHW3, quantized.loss), (features_BHWZ, quantized)
 
-      (again_BHW3, _), pull, quantized = jax.vjp(
+      (again_BHW3, _), pull, (features_BHWZ, quantized) = jax.vjp(
         generate, state.params, has_aux=True
       )
       # Of pixels and features; its gradient is of the image.
@@ -141,7 +143,7 @@ def make_step(
       if against is not None:
         listened = (state.adversary, image_BHW3, again_BHW3)
         image_grad, adversary_grads, of_adversary = adversary_step.play(
-          against, seed, part, state.step, listened, image_grad, pull
+          against, seed, part, state.step, listened, image_grad, features_BHWZ
         )
         metrics |= of_adversary
       (grads,) = pull((image_grad, jnp.float32(cfg.quantizer_weight)))
