@@ -358,10 +358,11 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 ):
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-  def fill():  # no file can grow beyond it
+  def fill():  # no file can grow beyond it, but the ledger
     while store.latest_step(tmp_path) != 4:
       time.sleep(0.01)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    limit = (tmp_path / "ledger.jsonl").stat().st_size + 10_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
 
   try:
     with monkeypatch.context() as patch:
