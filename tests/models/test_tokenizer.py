@@ -53,9 +53,9 @@ def tokens_of(arrays, stem="ids"):
   return np.concatenate(by_scale(arrays, stem), axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def compiled(module, variables, x):
-  return module.apply(variables, x)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="with_features")
+def compiled(module, variables, x, **options):
+  return module.apply(variables, x, **options)
 
 
 def share_networks(next_method, args, kwargs, context):
@@ -63,7 +63,7 @@ def share_networks(next_method, args, kwargs, context):
   module = context.module
   if isinstance(module, (Encoder, Decoder)) and len(module.path) == 1:
     alone = module.clone(parent=None, name=None)
-    return compiled(alone, module.variables, *args)
+    return compiled(alone, module.variables, *args, **kwargs)
   return next_method(*args, **kwargs)
 
 
