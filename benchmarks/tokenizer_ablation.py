@@ -33,7 +33,11 @@ ROWS = {
     "adversary_optimizer.learning_rate": 5e-4 * 16,
   },
 }
-_OFF = {"loss.revive_every": 0, "collapse.policy": "report"}
+_OFF = {
+  "loss.revive_every": 0,
+  "loss.kmeans_rounds": 0,
+  "collapse.policy": "report",
+}
 
 
 def main():

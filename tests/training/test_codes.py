@@ -140,6 +140,23 @@ def test_rounds_of_k_means_bring_codes_nearer():
   assert apart(start(8)) < 0.9 * apart(start(0))
 
 
+def test_k_means_needs_no_revival():
+  """A step of a rate of next to nothing: the codes are those of the start."""
+  step = tokenizer_step.make_step(
+    TOKENIZER,
+    optax.sgd(1e-9),
+    tokenizer_step.TokenizerLossConfig(kmeans_rounds=2),
+    ema_decay=0.0,
+    seed=0,
+  )
+  state = state_of(jnp.zeros((2, 16)), far_codes(), step=0)
+  state = state.replace(opt_state=optax.sgd(1e-9).init(state.params))
+  batch = {"image": np.uint8((np.asarray(images()) + 1) * 127.5)}
+  after, _ = jax.jit(step, compiler_options=QUICK)(state, {}, batch)
+  assert np.abs(codebook_of(state)).min() >= 30.0
+  assert np.abs(codebook_of(after)).max() < 10.0
+
+
 def test_codes_are_counted_by_scale():
   tokens_BL = jnp.array([[3, 0, 0, 1, 2], [3, 5, 5, 5, 5]])
   hits_SV = codes.count_codes(tokens_BL, CFG.schedule, 16)

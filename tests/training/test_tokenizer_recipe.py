@@ -202,7 +202,6 @@ def test_an_evaluation_writes_the_health_of_scales_and_a_page(tmp_path):
       {"train_only": "decoder", "init_from": "/a", "loss.revive_every": 5},
       "train_only 'decoder' keeps the codes",
     ),
-    ({"loss.kmeans_rounds": 5}, "kmeans_rounds 5 belong to the look"),
     (
       {"lpips_path": "/a", "model.scales": (1, 2)},
       "images of 8 pixels are",

@@ -10,6 +10,7 @@ this project: `var-jax convert --lpips` makes a folder of them.
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -77,9 +78,7 @@ def _features(weights, image_BHW3, dtype):
   i = 0
   for l, (convs, _) in enumerate(BLOCKS):
     if l:
-      x = jax.lax.reduce_window(
-        x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
-      )
+      x = nn.max_pool(x, (2, 2), strides=(2, 2))
     for _ in range(convs):
       x = jax.lax.conv_general_dilated(
         x.astype(dtype),

@@ -46,11 +46,10 @@ class TokenizerLossConfig:
   lpips_weight: of the perceptual distance; needs config.lpips_path.
   scale_dropout: share of samples that are decoded from their first scales
     only, from 1 to S-1 of them, so that coarse scales carry meaning.
-  revive_every: steps between looks for dead codes, the first one before the
-    first step; 0 never looks.
+  revive_every: steps between looks for dead codes; 0 never looks.
   revive_below: share of an even use below which a code is dead.
-  kmeans_rounds: that the first codes are found with, where there is a look
-    before the first step.
+  kmeans_rounds: that the first codes are found with. They start from data
+    where this or revive_every is set.
   """
 
   l2_weight: float = 1.0
@@ -69,11 +68,6 @@ class TokenizerLossConfig:
           f"{field.name} {getattr(self, field.name)} is negative; 0 turns it "
           "off."
         )
-    if self.kmeans_rounds and not self.revive_every:
-      raise ValueError(
-        f"kmeans_rounds {self.kmeans_rounds} belong to the look for dead codes "
-        "before the first step; set revive_every too."
-      )
     if self.scale_dropout > 1.0:
       raise ValueError(
         f"scale_dropout {self.scale_dropout} is above 1; it is a share."
@@ -201,7 +195,7 @@ def _tend(
   restore_key = step_key(seed, RESTORATION, state.step)
   collapsed_S = codes.collapsed(collapse, state)
   found = jnp.any(collapsed_S)
-  if cfg.revive_every:
+  if cfg.revive_every or cfg.kmeans_rounds:
 
     def start(state):
       return codes.start_from_data(
@@ -212,7 +206,8 @@ def _tend(
       dead_V = codes.dead(state, cfg.revive_below)
       return codes.move_dead(tokenizer, state, image_BHW3, key, dead_V)
 
-    time = state.step % cfg.revive_every == 0
+    every = cfg.revive_every
+    time = state.step % every == 0 if every else False
     which = jnp.where(codes.is_new(state), 1, jnp.where(time, 2, 0))
     state = jax.lax.switch(which, [lambda state: state, start, revive], state)
   if collapse.policy == "revive":
