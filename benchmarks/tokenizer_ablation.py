@@ -4,7 +4,8 @@
 
 The archive holds `images` (uint8, RGB), `labels` and `class_names`. A tenth of
 it is held out. All rows take the same steps over the same batches. Writes
-DIR/ROW, a workdir whose report.html has pictures, and ablation.json.
+DIR/ROW, a workdir whose report.html has pictures, and ablation.json, to which
+rows of a later call are added.
 """
 
 import argparse
@@ -51,7 +52,9 @@ def main():
   output = epath.Path(args.output)
   output.mkdir(parents=True, exist_ok=True)
   split(args.data, output)
-  asked, settings, record = args.rows.split(","), dict(_OFF), {}
+  asked, settings = args.rows.split(","), dict(_OFF)
+  before = output / "ablation.json"
+  record = json.loads(before.read_text()) if before.exists() else {}
   for name, more in ROWS.items():
     settings |= more
     if name not in asked:
@@ -71,6 +74,7 @@ def main():
       "settings": dict(settings),
       **last_evaluation(output / name),
     }
+    record = {row: record[row] for row in ROWS if row in record}
     files.write_json(output / "ablation.json", record)
     print(json.dumps(record[name], indent=2), flush=True)
   print(table(record))

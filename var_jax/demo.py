@@ -109,10 +109,10 @@ def judge(model, train, held_out, labels, sample) -> dict[str, Any]:
 def novelty(samples, held_out, train) -> float:
   """Return how far samples are from the training images.
 
-  The median distance to the nearest one, over that of held-out digits.
+  The median distance to the nearest one, over that of held-out ones.
   """
   nearest = [
-    np.median(_distances(images, train).min(axis=1))
+    np.median(distances(images, train).min(axis=1))
     for images in (samples, held_out)
   ]
   return float(nearest[0] / nearest[1])
@@ -122,13 +122,13 @@ def diversity(samples, labels, real, real_labels) -> float:
   """Return how far samples of a class are from each other.
 
   The median distance to the nearest other one of the class, over that of as
-  many real digits.
+  many real images.
   """
 
   def nearest_other(images):
-    distances = _distances(images, images)
-    np.fill_diagonal(distances, np.inf)
-    return distances.min(axis=1)
+    apart = distances(images, images)
+    np.fill_diagonal(apart, np.inf)
+    return apart.min(axis=1)
 
   drawn, found = [], []
   for c in np.unique(labels):
@@ -182,14 +182,11 @@ def _features(pixels_BHW3: np.ndarray) -> np.ndarray:
   return cells.reshape(len(cells), 64) * (16 / 255)
 
 
-def _distances(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
-  """Return Euclidean distances between grey images."""
+def distances(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
+  """Return Euclidean distances between all images of two kinds, [A, B]."""
   from scipy.spatial.distance import cdist
 
-  a, b = (
-    x.astype(np.float32).mean(axis=-1).reshape(len(x), -1)
-    for x in (a_BHW3, b_BHW3)
-  )
+  a, b = (x.reshape(len(x), -1) for x in (a_BHW3, b_BHW3))
   return cdist(a, b)
 
 

@@ -199,12 +199,12 @@ def test_before_its_start_nothing_comes_of_it():
 @pytest.mark.parametrize(
   "fields, message",
   [
-    (dict(weight=-1.0), "adversary.weight -1.0 is negative"),
-    (dict(start=-1), "adversary.start -1 is negative"),
-    (dict(lecam=-0.1), "adversary.lecam -0.1 is negative"),
-    (dict(lecam_decay=1.0), "adversary.lecam_decay 1.0 is not in"),
-    (dict(layers=0), "adversary.layers 0 is below 1"),
-    (dict(channels=48), "adversary.channels 48 do not split into 32 groups"),
+    (dict(weight=-1.0), "weight -1.0 is negative"),
+    (dict(start=-1), "start -1 is negative"),
+    (dict(lecam=-0.1), "lecam -0.1 is negative"),
+    (dict(lecam_decay=1.0), "lecam_decay 1.0 is not in"),
+    (dict(layers=0), "layers 0 is below 1"),
+    (dict(channels=48), "channels 48 do not split into 32 groups"),
   ],
 )
 def test_what_makes_no_sense_is_refused(fields, message):

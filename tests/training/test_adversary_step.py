@@ -7,25 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_models
 
 from var_jax.models import perceptual
-from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.models.tokenizer import Tokenizer
 from var_jax.training import adversary, adversary_step, tokenizer_step
 from var_jax.training.adversary import AdversaryConfig
 from var_jax.training.state import TrainState, sample_keys
 
 RNG = np.random.default_rng(0)
 
-CFG = TokenizerConfig(
-  vocab_size=16,
-  latent_channels=4,
-  channels=8,
-  norm_groups=4,
-  channel_mults=(1, 1),
-  encoder_blocks=1,
-  decoder_blocks=1,
-  scales=(1, 8),
-)
+CFG = tiny_models.tokenizer_config((1, 8))
 TOKENIZER = Tokenizer(CFG)
 WEIGHTS = dict(
   l2_weight=0.7, l1_weight=0.5, quantizer_weight=2.0, lpips_weight=0.2

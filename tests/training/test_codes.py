@@ -7,23 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_models
 
 from var_jax.models import quantizer
-from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.models.tokenizer import Tokenizer
 from var_jax.training import codes, tokenizer_step
 from var_jax.training.codes import CollapseConfig
 from var_jax.training.state import TrainState
 
-CFG = TokenizerConfig(
-  vocab_size=16,
-  latent_channels=4,
-  channels=8,
-  norm_groups=4,
-  channel_mults=(1, 1),
-  encoder_blocks=1,
-  decoder_blocks=1,
-  scales=(1, 2),
-)
+CFG = tiny_models.tokenizer_config()
 TOKENIZER = Tokenizer(CFG)
 # Here a program takes longer to compile than to run.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -269,10 +261,10 @@ def test_a_collapse_can_halve_the_rate():
 @pytest.mark.parametrize(
   "fields, message",
   [
-    (dict(policy="pray"), "collapse.policy 'pray' is not known"),
-    (dict(every=-1), "collapse.every -1 is negative"),
-    (dict(min_explained=1.0), "collapse.min_explained 1.0 is not below 1"),
-    (dict(min_perplexity=-2.0), "collapse.min_perplexity -2.0 is negative"),
+    (dict(policy="pray"), "policy 'pray' is not known"),
+    (dict(every=-1), "every -1 is negative"),
+    (dict(min_explained=1.0), "min_explained 1.0 is not below 1"),
+    (dict(min_perplexity=-2.0), "min_perplexity -2.0 is negative"),
   ],
 )
 def test_what_makes_no_sense_is_refused(fields, message):

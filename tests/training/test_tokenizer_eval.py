@@ -6,21 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from var_jax.models import quantizer
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.training import tokenizer_eval, tokenizer_step
 
-CFG = TokenizerConfig(
-  vocab_size=16,
-  latent_channels=4,
-  channels=8,
-  norm_groups=4,
-  channel_mults=(1, 1),
-  encoder_blocks=1,
-  decoder_blocks=1,
-  scales=(1, 3, 6),
-)
+CFG = tiny_models.tokenizer_config((1, 3, 6))
 TOKENIZER = Tokenizer(CFG)
 REAL = 5
 

@@ -206,8 +206,14 @@ def test_an_evaluation_writes_the_health_of_scales_and_a_page(tmp_path):
       {"lpips_path": "/a", "model.scales": (1, 2)},
       "images of 8 pixels are",
     ),
-    ({"adversary_optimizer.learning_rate": -1.0}, "learning_rate -1.0 is not"),
-    ({"adversary.weight": float("nan")}, "adversary.weight nan is negative"),
+    (
+      {"adversary_optimizer.learning_rate": -1.0},
+      "config.adversary_optimizer: learning_rate -1.0 is not",
+    ),
+    (
+      {"adversary.weight": float("nan")},
+      "config.adversary: weight nan is negative",
+    ),
     ({"loss.lpips_weight": 1.0}, "needs weights; convert the public files"),
     (
       {"loss.lpips_weight": 1.0, "lpips_path": "/nowhere"},
@@ -217,7 +223,10 @@ def test_an_evaluation_writes_the_health_of_scales_and_a_page(tmp_path):
       {"adversary.weight": 1.0, "adversary.layers": 5},
       "adversary.layers 5 halve images of 16 pixels",
     ),
-    ({"collapse.policy": "pray"}, "collapse.policy 'pray' is not known"),
+    (
+      {"collapse.policy": "pray"},
+      "config.collapse: policy 'pray' is not known",
+    ),
     ({"loss.scale_dropout": 1.5}, "scale_dropout 1.5 is above 1"),
     ({"loss.l1_weight": -1.0}, "l1_weight -1.0 is negative"),
   ],

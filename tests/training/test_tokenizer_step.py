@@ -7,21 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tiny_models
 
-from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.models.tokenizer import Tokenizer
 from var_jax.training import tokenizer_step
 from var_jax.training.state import TrainState
 
-CFG = TokenizerConfig(
-  vocab_size=16,
-  latent_channels=4,
-  channels=8,
-  norm_groups=4,
-  channel_mults=(1, 1),
-  encoder_blocks=1,
-  decoder_blocks=1,
-  scales=(1, 2),
-)
+CFG = tiny_models.tokenizer_config()
 TOKENIZER = Tokenizer(CFG)
 # Here a program takes longer to compile than to run.
 QUICK = {"xla_backend_optimization_level": 0}

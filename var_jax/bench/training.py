@@ -27,7 +27,7 @@ def of_step(
   Raises:
     ValueError: the config makes no sense, or does not fit the devices.
   """
-  mesh = mesh_lib.make_mesh(programs.build(mesh_lib.MeshConfig, config.mesh))
+  mesh = mesh_lib.make_mesh(programs.build(mesh_lib.MeshConfig, config, "mesh"))
   mesh_lib.check_batch(mesh, config.data.batch_size, config.accumulate)
   training = VARTraining.of(config, mesh, tokenizer, num_classes=1000)
   frozen = jax.jit(

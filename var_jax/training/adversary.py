@@ -52,22 +52,20 @@ class AdversaryConfig:
     for name in ("weight", "start", "lecam"):
       if not getattr(self, name) >= 0:
         raise ValueError(
-          f"adversary.{name} {getattr(self, name)} is negative; use 0 or more."
+          f"{name} {getattr(self, name)} is negative; use 0 or more."
         )
     if not 0.0 <= self.lecam_decay < 1.0:
       raise ValueError(
-        f"adversary.lecam_decay {self.lecam_decay} is not in [0, 1); use 0.99."
+        f"lecam_decay {self.lecam_decay} is not in [0, 1); use 0.99."
       )
     for name in ("channels", "layers", "norm_groups"):
       if getattr(self, name) < 1:
-        raise ValueError(
-          f"adversary.{name} {getattr(self, name)} is below 1; use more."
-        )
+        raise ValueError(f"{name} {getattr(self, name)} is below 1; use more.")
     if self.channels % self.norm_groups:
       raise ValueError(
-        f"adversary.channels {self.channels} do not split into "
+        f"channels {self.channels} do not split into "
         f"{self.norm_groups} groups for GroupNorm; use a multiple, or fewer "
-        "adversary.norm_groups."
+        "norm_groups."
       )
 
 

@@ -39,22 +39,18 @@ class CollapseConfig:
   def __post_init__(self):
     if self.policy not in POLICIES:
       raise ValueError(
-        f"collapse.policy {self.policy!r} is not known; use one of "
+        f"policy {self.policy!r} is not known; use one of "
         f"{', '.join(POLICIES)}."
       )
     if self.every < 0:
-      raise ValueError(
-        f"collapse.every {self.every} is negative; 0 never looks."
-      )
+      raise ValueError(f"every {self.every} is negative; 0 never looks.")
     if not self.min_explained < 1.0:
       raise ValueError(
-        f"collapse.min_explained {self.min_explained} is not below 1; it is a "
-        "share."
+        f"min_explained {self.min_explained} is not below 1; it is a share."
       )
     if not self.min_perplexity >= 0:
       raise ValueError(
-        f"collapse.min_perplexity {self.min_perplexity} is negative; 0 asks "
-        "for none."
+        f"min_perplexity {self.min_perplexity} is negative; 0 asks for none."
       )
 
 
@@ -220,9 +216,9 @@ def least_used(state: TrainState, below: float) -> jax.Array:
   return dead(state, below) | (rank_V < max(1, round(len(hits_V) * _MOVED)))
 
 
-def lowered(state: TrainState) -> TrainState:
-  """Return the state with half the learning rate, in bounds."""
-  return state.replace(rate=jnp.maximum(state.rate / 2, _LEAST_RATE))
+def lowered(rate: jax.Array) -> jax.Array:
+  """Return half the factor of the learning rate, in bounds."""
+  return jnp.maximum(rate / 2, _LEAST_RATE)
 
 
 def _wanted(tokenizer, variables, codebook_VZ, f_BhwZ):

@@ -49,15 +49,22 @@ class Program(NamedTuple):
   work: Callable[[int | None], Work]  # of a step, by stage
 
 
-def build(cls, section, **derived):
-  """Return the dataclass of a config section and what follows from others."""
+def build(cls, config, name: str, **derived):
+  """Return the dataclass of a section of the config.
+
+  Args:
+    name: of the section; said in errors, for several have a `learning_rate`.
+    derived: fields that follow from other settings.
+  """
   try:
-    return cls(**section, **derived)
+    return cls(**config[name], **derived)
   except TypeError as error:
     raise ValueError(
-      f"{cls.__name__} cannot be built from the config ({error}); compare with "
-      "the presets in configs/."
+      f"config.{name}: {cls.__name__} cannot be built from it ({error}); "
+      "compare with the presets in configs/."
     ) from None
+  except ValueError as error:
+    raise ValueError(f"config.{name}: {error}") from None
 
 
 def compiled_step(step, mesh, like: TrainState) -> rules.Jit:
@@ -118,13 +125,13 @@ def averaged(state: TrainState) -> Any:
 
 def optimizer(config, part: str = "all"):
   """Return the optimiser, and what both steps are made with besides it."""
-  cfg = build(optim.OptimizerConfig, config.optimizer)
+  cfg = build(optim.OptimizerConfig, config, "optimizer")
   how = dict(steps=config.steps, batch_size=config.data.batch_size)
   return optim.make_optimizer(cfg, **how, part=part), dict(
     ema_decay=config.ema_decay,
     seed=config.seed,
     accumulate=config.accumulate,
-    guard=build(GuardConfig, config.guard),
+    guard=build(GuardConfig, config, "guard"),
     schedules=optim.schedules(cfg, **how),
   )
 

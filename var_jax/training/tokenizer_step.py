@@ -221,7 +221,7 @@ def _tend(
     state = jax.lax.cond(found, restore, lambda state: state, state)
   elif collapse.policy == "lower":
     state = state.replace(
-      rate=jnp.where(found, codes.lowered(state).rate, state.rate)
+      rate=jnp.where(found, codes.lowered(state.rate), state.rate)
     )
   return state, collapsed_S
 

@@ -43,7 +43,7 @@ class TokenizerTraining:
 
   @classmethod
   def of(cls, config, mesh) -> "TokenizerTraining":
-    cfg = programs.build(TokenizerConfig, config.model)
+    cfg = programs.build(TokenizerConfig, config, "model")
     made = cls(config, mesh, programs.with_dtype(cfg, mesh))
     # What makes no sense is said before anything is written.
     made._check()
@@ -98,17 +98,17 @@ class TokenizerTraining:
   @functools.cached_property
   def _loss(self) -> tokenizer_step.TokenizerLossConfig:
     cls = tokenizer_step.TokenizerLossConfig
-    return programs.build(cls, self.config.loss)
+    return programs.build(cls, self.config, "loss")
 
   @functools.cached_property
   def _collapse(self) -> codes.CollapseConfig:
-    return programs.build(codes.CollapseConfig, self.config.collapse)
+    return programs.build(codes.CollapseConfig, self.config, "collapse")
 
   @functools.cached_property
   def _against(self) -> adversary_step.Against | None:
-    cfg = programs.build(adversary.AdversaryConfig, self.config.adversary)
+    cfg = programs.build(adversary.AdversaryConfig, self.config, "adversary")
     optimizer = programs.build(
-      optim.OptimizerConfig, self.config.adversary_optimizer
+      optim.OptimizerConfig, self.config, "adversary_optimizer"
     )
     if not cfg.weight:
       return None

@@ -38,7 +38,8 @@ class VARTraining:
   ) -> "VARTraining":
     cfg = programs.build(
       VARConfig,
-      config.model,
+      config,
+      "model",
       num_classes=num_classes,
       vocab_size=tokenizer.vocab_size,
       latent_channels=tokenizer.latent_channels,
@@ -64,12 +65,14 @@ class VARTraining:
 
   @functools.cached_property
   def _loss(self) -> var_step.VARLossConfig:
-    return programs.build(var_step.VARLossConfig, self.config.loss)
+    return programs.build(var_step.VARLossConfig, self.config, "loss")
 
   @functools.cached_property
   def _growth(self):
     config = self.config
-    growth = programs.build(progressive.ProgressiveConfig, config.progressive)
+    growth = programs.build(
+      progressive.ProgressiveConfig, config, "progressive"
+    )
     warmup = round(config.optimizer.warmup_fraction * config.steps)
     return growth, (config.steps, warmup, len(self.cfg.schedule))
 

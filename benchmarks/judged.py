@@ -1,12 +1,14 @@
-"""Samples of a VAR trained on Fashion-MNIST, judged by a stranger.
+"""Samples of a VAR, judged by a stranger.
 
-    python benchmarks/fashion.py --checkpoint DIR --train train.npz \\
-      --test test.npz --output DIR
+    python benchmarks/judged.py --checkpoint DIR --train train.npz \\
+      --test test.npz --judge network --output DIR
 
-The judge, a small convolutional network, is fitted on the real training
-images and first has to prove itself on the real test images. Both archives
-hold `images` (uint8, grey) and `labels`. Writes samples.png,
-reconstructions.png, scales.png and fashion.json.
+The judge is fitted on the real training images and first has to prove itself
+on the real test images: a small convolutional network, for tens of thousands
+of grey images, or a support vector machine, for a thousand in colour. Both
+archives hold `images` (uint8) and `labels`. Writes samples.png, neighbours.png
+(samples above the training images nearest to them), reconstructions.png,
+scales.png and judged.json.
 """
 
 import argparse
@@ -29,7 +31,8 @@ from var_jax.data import sources, transforms
 
 SAMPLES_A_CLASS = 100
 SAMPLES_AT_ONCE = 250
-JUDGE = dict(epochs=6, batch_size=128, learning_rate=2e-3)
+NETWORK = dict(epochs=6, batch_size=128, learning_rate=2e-3)
+SVM = dict(cells=16, components=100, C=10.0)
 
 Judge = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> labels [B]
 
@@ -38,6 +41,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   for name in ("checkpoint", "train", "test", "output"):
     parser.add_argument(f"--{name}", required=True)
+  parser.add_argument("--judge", choices=("network", "svm"), required=True)
   parser.add_argument("--guidance", type=float, default=1.5)
   parser.add_argument("--top-k", type=int, default=0)
   parser.add_argument("--top-p", type=float, default=0.95)
@@ -49,7 +53,9 @@ def main():
   model = var_jax.load(args.checkpoint)
   shape = model.config.tokenizer.image_shape
   train, test = (read_images(path, shape) for path in (args.train, args.test))
-  judge = fit_judge(*train)
+  fit = {"network": fit_network, "svm": fit_svm}[args.judge]
+  settings = {"network": NETWORK, "svm": SVM}[args.judge]
+  judge = fit(*train)
   judged = time.process_time()
   sampling = dict(guidance=args.guidance, top_k=args.top_k, top_p=args.top_p)
   labels, pixels = draw(model, args.seed, sampling)
@@ -57,7 +63,11 @@ def main():
     "sampling": {**sampling, "seed": args.seed},
     "samples_a_class": SAMPLES_A_CLASS,
     "class_names": list(model.class_names),
-    "judge": {**JUDGE, **accuracies(judge(test[0]), test[1])},
+    "judge": {
+      "kind": args.judge,
+      **settings,
+      **accuracies(judge(test[0]), test[1]),
+    },
     "reconstructions": measure_reconstructions(model, judge, *test),
     "samples": {
       **accuracies(judge(pixels), labels),
@@ -67,8 +77,10 @@ def main():
     "cpu_seconds_of_the_judge": round(judged - start),
     "cpu_seconds": round(time.process_time() - start),
   }
-  write_pictures(output, model, args.seed, sampling, test, labels, pixels)
-  files.write_json(output / "fashion.json", record)
+  write_pictures(
+    output, model, args.seed, sampling, train, test, labels, pixels
+  )
+  files.write_json(output / "judged.json", record)
   print(json.dumps(record, indent=2))
 
 
@@ -103,15 +115,15 @@ class Network(nn.Module):
     return nn.Dense(self.num_classes)(x)
 
 
-def fit_judge(pixels_BHW3: np.ndarray, labels_B: np.ndarray) -> Judge:
-  """Return a classifier of such images."""
-  epochs, batch_size = JUDGE["epochs"], JUDGE["batch_size"]
+def fit_network(pixels_BHW3: np.ndarray, labels_B: np.ndarray) -> Judge:
+  """Return a classifier of such images by their grey values."""
+  epochs, batch_size = NETWORK["epochs"], NETWORK["batch_size"]
   network = Network(int(labels_B.max()) + 1)
   grey_BHW1 = _grey(pixels_BHW3)
   steps_an_epoch = len(grey_BHW1) // batch_size
   optimizer = optax.adamw(
     optax.cosine_onecycle_schedule(
-      epochs * steps_an_epoch, JUDGE["learning_rate"]
+      epochs * steps_an_epoch, NETWORK["learning_rate"]
     )
   )
   params = jax.jit(network.init)(jax.random.key(0), grey_BHW1[:1])
@@ -146,6 +158,25 @@ def fit_judge(pixels_BHW3: np.ndarray, labels_B: np.ndarray) -> Judge:
     return np.concatenate([predict(grey_BHW1[i : i + 1000]) for i in parts])
 
   return judge
+
+
+def fit_svm(pixels_BHW3: np.ndarray, labels_B: np.ndarray) -> Judge:
+  """Return a classifier of such images by the colours of 16x16 cells."""
+  from sklearn.decomposition import PCA
+  from sklearn.pipeline import make_pipeline
+  from sklearn.svm import SVC
+
+  def features(pixels_BHW3):
+    B, H, W, _ = pixels_BHW3.shape
+    n = SVM["cells"]
+    cells = pixels_BHW3.reshape(B, n, H // n, n, W // n, 3) / 255
+    return cells.mean(axis=(2, 4)).reshape(B, -1)
+
+  # The solver of a part of the components starts at random.
+  pca = PCA(SVM["components"], random_state=0)
+  classifier = make_pipeline(pca, SVC(C=SVM["C"]))
+  classifier.fit(features(pixels_BHW3), labels_B)
+  return lambda pixels_BHW3: classifier.predict(features(pixels_BHW3))
 
 
 def draw(model, seed: int, sampling: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -193,11 +224,18 @@ def novelty(pixels, labels, train, test) -> float:
   return float(np.mean(classes))
 
 
-def write_pictures(output, model, seed, sampling, test, labels, pixels):
-  """Write samples.png, reconstructions.png and scales.png."""
+def write_pictures(output, model, seed, sampling, train, test, labels, pixels):
+  """Write samples, neighbours, reconstructions and scales, each a .png."""
   names, classes = model.class_names, np.arange(len(model.class_names))
   rows = [list(pixels[labels == c][:10]) for c in classes]
   _write(output / "samples.png", rows, names)
+  pairs = []
+  for row in rows:
+    drawn = np.stack(row)
+    nearest = demo.distances(drawn, train[0]).argmin(axis=1)
+    pairs += [row, list(train[0][nearest])]
+  names_of_pairs = [word for name in names for word in (name, "nearest")]
+  _write(output / "neighbours.png", pairs, names_of_pairs)
   real = np.stack([test[0][test[1] == c][0] for c in classes])
   pairs = [list(real), list(_reconstruct(model, real))]
   _write(output / "reconstructions.png", pairs, ("real", "rec."))
