@@ -4,18 +4,23 @@
 
 A published depth in bfloat16 with guidance, one program a scale: the peak of a
 chip's HBM by the compiler's word, of the finest scale and of the decoder, with
-what lies beside each. Prints a JSON line for each chip and batch.
+what lies beside each. --bytes adds what an image moves through HBM, beside the
+least that it has to. Prints a JSON line for each chip and batch.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import time
+from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from var_jax import loading
-from var_jax.bench import sampling
+from var_jax.bench import roofline, sampling
 from var_jax.generation import sampler, step
 from var_jax.generation.sampler import Models
 from var_jax.models.blocks import VARConfig
@@ -31,6 +36,7 @@ def main() -> None:
   parser.add_argument("--chips", nargs="+", choices=ONE_CHIP, default=ONE_CHIP)
   parser.add_argument("--batches", nargs="+", type=int, default=(1, 8, 64))
   parser.add_argument("--depth", type=int, default=16)
+  parser.add_argument("--bytes", action="store_true")
   args = parser.parse_args()
   topology.use_no_tpu()
   cfg = VARConfig.official(args.depth, dtype="bfloat16")
@@ -40,6 +46,8 @@ def main() -> None:
       programs = Programs(cfg, batch, topology.Topology(ONE_CHIP[kind]))
       record = {"chip": kind, "depth": args.depth, "batch": batch}
       record |= memory(programs)
+      if args.bytes:
+        record |= moved(programs)
       record["seconds"] = round(time.monotonic() - begin)
       print(json.dumps(record), flush=True)
 
@@ -115,6 +123,41 @@ def memory(programs: Programs) -> dict[str, float | bool]:
     peaks[name] = (found.memory.peak + rest) / _GIB
   hbm = programs.chip.chip.hbm_bytes / _GIB
   return {"fits": max(peaks.values()) < hbm, "peak_gib": peaks, "hbm_gib": hbm}
+
+
+def moved(programs: Programs) -> dict[str, float]:
+  """Return GiB an image, of the transformer's scales and of the decoder.
+
+  The compiler counts the body of a loop once, however often it runs. So layers
+  are counted in programs without a loop, of one layer and of two: what the
+  second adds, all others do.
+  """
+  cfg, batch = programs.cfg, programs.batch
+
+  def scales_of(depth: int) -> float:
+    # The model's own loop is not unrolled anywhere.
+    unrolled = functools.partial(nn.scan, unroll=depth)
+    with mock.patch.object(nn, "scan", unrolled):
+      shallow = Programs(
+        dataclasses.replace(cfg, depth=depth), batch, programs.chip
+      )
+      return sum(_accessed(shallow.scale(s)) for s in range(len(cfg.schedule)))
+
+  one, two = scales_of(1), scales_of(2)
+  # Peaks of no FLOPs and one byte a second: seconds are bytes.
+  slow = roofline.Peaks(float("inf"), 1.0, "")
+  tokenizer = programs.models.tokenizer.cfg
+  least = roofline.of_draw(cfg, tokenizer, batch, 2, slow)
+  each = batch * _GIB
+  return {
+    "scales_gib": (one + (cfg.depth - 1) * (two - one)) / each,
+    "least_gib": sum(least.scales) / each,
+    "decoder_gib": _accessed(programs.decoder()) / each,
+  }
+
+
+def _accessed(lowered: jax.stages.Lowered) -> float:
+  return lowered.compile().cost_analysis()["bytes accessed"]
 
 
 if __name__ == "__main__":

@@ -265,3 +265,50 @@ def test_attention_by_heads_is_attention(l, T):
 )
 def test_other_attention_is_plain(args):
   np.testing.assert_array_equal(cpu.attend(*args), layers.attend(*args))
+
+
+_LAST = (((2,), (0,)), ((), ()))
+
+
+def projected(dot_general, shape=(16, 24), dtype="float32"):
+  """Return (value and gradients of a projection, its arguments)."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  x_BlD, kernel, weights = (
+    jax.random.normal(key, size, dtype)
+    for key, size in zip(
+      keys, [(3, 5, 16), shape, (3, 5, *shape[1:])], strict=True
+    )
+  )
+
+  def loss(x_BlD, kernel):
+    precision = layers.matmul_precision(dtype)
+    out = dot_general(x_BlD, kernel, _LAST, precision=precision)
+    return jnp.sum((out * weights).astype(jnp.float32))
+
+  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), (x_BlD, kernel)
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (16, 3, 8)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_projection_of_rows_is_one_of_all_dimensions(shape, dtype):
+  ours, args = projected(cpu.dot_general, shape, dtype)
+  plain_one, _ = projected(jax.lax.dot_general, shape, dtype)
+  tolerance = 1e-5 if dtype == "float32" else 2e-2
+  found, expected = (jax.tree.leaves(f(*args)) for f in (ours, plain_one))
+  for here, there in zip(found, expected, strict=True):
+    assert here.dtype == there.dtype
+    here, there = np.float32(here), np.float32(there)
+    np.testing.assert_allclose(here, there, atol=tolerance * abs(there).max())
+  # What it is for: the gradient of the kernel sums over one dimension.
+  sums = [
+    text.count("contracting_dims = [0, 1] x [0, 1]")
+    for text in (f.lower(*args).as_text() for f in (ours, plain_one))
+  ]
+  assert sums == [0, 1]
+
+
+def test_other_products_are_refused():
+  with pytest.raises(ValueError, match="not of a projection of 3 dimensions"):
+    cpu.dot_general(
+      jnp.ones((2, 3, 4)), jnp.ones((3, 4)), (((1,), (0,)), ((), ()))
+    )

@@ -18,6 +18,10 @@ def inputs(l, heads=2, K=64, seed=0):
   return layers.l2_normalize(q) * 4.0, layers.l2_normalize(k), v, weights
 
 
+def one_device():
+  return mesh.make_mesh(devices=jax.devices()[:1])
+
+
 def mask_of(scales, l):
   level_l = scales.level_ids()[:l]
   return jnp.asarray(level_l[:, None] >= level_l)
@@ -34,14 +38,22 @@ def with_gradients(attend, q, k, v, weights, mask_ll):
 
 @pytest.mark.parametrize(
   "scales, l",
-  [(SMALL, 183), (SMALL, 39), (SMALL, 14), (ScaleSchedule(SCALES[256]), 680)],
+  [
+    (SMALL, 183),
+    (SMALL, 100),  # a part of the last scale
+    (SMALL, 39),
+    (SMALL, 14),
+    (ScaleSchedule((12, 12)), 288),
+    (ScaleSchedule(SCALES[256]), 680),
+  ],
 )
-def test_splash_attention_is_plain_attention(scales, l):
-  splash = attention.choose("splash", mesh.make_mesh(), scales, "float32")
-  assert splash.interpret  # on this platform
+@pytest.mark.parametrize("name", ["splash", "cpu"])
+def test_attention_is_plain_attention(name, scales, l):
+  attend = attention.choose(name, one_device(), scales, "float32")
+  assert attention.name_of(attend) == name
   q, k, v, weights = inputs(l, heads=1 if l == 680 else 2)
   mask_ll = mask_of(scales, l)
-  found = with_gradients(splash, q, k, v, weights, mask_ll)
+  found = with_gradients(attend, q, k, v, weights, mask_ll)
   expected = with_gradients(layers.attend, q, k, v, weights, mask_ll)
   for name, here, there in zip("oqkv", found, expected, strict=True):
     scale = np.abs(there).max()
@@ -49,15 +61,25 @@ def test_splash_attention_is_plain_attention(scales, l):
     np.testing.assert_allclose(here, there, atol=1e-5 * scale, err_msg=name)
 
 
-def test_no_gradient_of_a_token_reaches_finer_scales():
-  splash = attention.choose("splash", mesh.make_mesh(), SMALL, "float32")
-  q, k, v, _ = inputs(39)
+@pytest.mark.parametrize("name", ["splash", "cpu"])
+def test_no_gradient_of_a_token_reaches_finer_scales(name):
+  attend = attention.choose(name, one_device(), SMALL, "float32")
+  q, k, v, _ = inputs(183)
 
   def of_scale_two(v):
-    return jnp.sum(splash(q, k, v, mask_of(SMALL, 39))[:, 5:14])
+    return jnp.sum(attend(q, k, v, mask_of(SMALL, 183))[:, 5:14])
 
   reached = np.abs(jax.grad(of_scale_two)(v)).sum((0, 2, 3)) > 0
-  assert reached.tolist() == [True] * 14 + [False] * 25
+  assert reached.tolist() == [True] * 14 + [False] * 169
+
+
+def test_one_cpu_has_a_part_for_each_large_scale():
+  attend = attention.choose("cpu", one_device(), SMALL, "float32")
+  small, large = attend._parts(183)
+  assert (small.start, small.end) == (0, 39)
+  assert small.level_ids == attend.level_ids[:39]
+  assert large == (39, 183, None)
+  assert [part[:2] for part in attend._parts(39)] == [(0, 39)]
 
 
 def test_without_a_mask_splash_attention_sees_everything():
@@ -69,8 +91,9 @@ def test_without_a_mask_splash_attention_sees_everything():
 
 
 def test_the_platform_chooses():
-  here = mesh.make_mesh()
-  assert attention.choose("auto", here, SMALL, "float32") is layers.attend
+  here = one_device()
+  auto = attention.choose("auto", here, SMALL, "float32")
+  assert auto == attention.choose("cpu", here, SMALL, "float32")
   one, other = (
     attention.choose("splash", mesh.make_mesh(), SMALL, "float32")
     for _ in range(2)

@@ -134,13 +134,14 @@ class LayerNoise(NamedTuple):
 class Attention(nn.Module):
   cfg: VARConfig
   attend: Callable
+  dot_general: Callable
 
   @nn.compact
   def __call__(self, x_BlD, past):
     """Return ([B, l, D], (k_BlD, v_BlD)), seeing a `Past` if it is not None."""
     cfg = self.cfg
     B, l, D = x_BlD.shape
-    q_BlD, k_BlD, v_BlD = QKV(cfg, name="mat_qkv")(x_BlD)
+    q_BlD, k_BlD, v_BlD = QKV(cfg, self.dot_general, name="mat_qkv")(x_BlD)
     # VAR: q and v have a bias, k has none.
     q_bias_D = self.param("q_bias", nn.initializers.zeros, (D,))
     v_bias_D = self.param("v_bias", nn.initializers.zeros, (D,))
@@ -176,7 +177,8 @@ class Attention(nn.Module):
       v_BTD = jnp.concatenate([past.v_BLD[:, seen], v_BlD], axis=1)
     out_BlNK = self.attend(q_BlNK, split(k_BTD), split(v_BTD), mask_ll)
     out_BlD = constrain(out_BlNK.reshape(B, l, D), _HEADS)
-    out_BlD = _dense(cfg, D, normal(cfg.residual_std), "proj")(out_BlD)
+    proj = _dense(cfg, D, normal(cfg.residual_std), "proj", self.dot_general)
+    out_BlD = proj(out_BlD)
     return out_BlD, (k_BlD, v_BlD)
 
 
@@ -184,6 +186,7 @@ class QKV(nn.Module):
   """The projection to queries, keys and values: one matrix [D, 3D]."""
 
   cfg: VARConfig
+  dot_general: Callable
 
   @nn.compact
   def __call__(self, x_BlD) -> list[jax.Array]:
@@ -193,10 +196,10 @@ class QKV(nn.Module):
     # In three before the product: the heads of each are split alike.
     kernel_D3E = kernel_DE.astype(cfg.dtype).reshape(D, 3, D)
     kernel_D3E = constrain(kernel_D3E, (None, None, "heads"))
-    qkv_Bl3E = jnp.einsum(
-      "bld,dce->blce",
+    qkv_Bl3E = self.dot_general(
       x_BlD.astype(cfg.dtype),
       kernel_D3E,
+      (((2,), (0,)), ((), ())),
       precision=layers.matmul_precision(cfg.dtype),
     )
     return [constrain(qkv_Bl3E[:, :, i], _HEADS) for i in range(3)]
@@ -204,15 +207,17 @@ class QKV(nn.Module):
 
 class FeedForward(nn.Module):
   cfg: VARConfig
+  dot_general: Callable
 
   @nn.compact
   def __call__(self, x_BlD):
     cfg = self.cfg
     F = round(cfg.width * cfg.mlp_ratio)
-    h_BlF = _dense(cfg, F, normal(cfg.init_std), "fc1")(x_BlD)
+    dense = functools.partial(_dense, cfg, dot_general=self.dot_general)
+    h_BlF = dense(F, normal(cfg.init_std), "fc1")(x_BlD)
     # VAR: GELU is the tanh approximation.
     h_BlF = nn.gelu(constrain(h_BlF, _MLP), approximate=True)
-    return _dense(cfg, cfg.width, normal(cfg.residual_std), "fc2")(h_BlF)
+    return dense(cfg.width, normal(cfg.residual_std), "fc2")(h_BlF)
 
 
 class Block(nn.Module):
@@ -220,6 +225,7 @@ class Block(nn.Module):
 
   cfg: VARConfig
   attend: Callable
+  dot_general: Callable = jax.lax.dot_general
 
   @nn.compact
   def __call__(self, x_BlD, modulation_B6D, past, noise):
@@ -233,13 +239,14 @@ class Block(nn.Module):
     h_BlD = layers.modulate(
       layers.layer_norm(x_BlD, cfg.norm_eps), scale1, shift1
     )
-    h_BlD, kv = Attention(cfg, self.attend, name="attn")(h_BlD, past)
+    how = (cfg, self.attend, self.dot_general)
+    h_BlD, kv = Attention(*how, name="attn")(h_BlD, past)
     x_BlD = x_BlD + self.branch(h_BlD * gamma1, noise, keys[0])
 
     h_BlD = layers.modulate(
       layers.layer_norm(x_BlD, cfg.norm_eps), scale2, shift2
     )
-    h_BlD = FeedForward(cfg, name="ffn")(h_BlD)
+    h_BlD = FeedForward(cfg, self.dot_general, name="ffn")(h_BlD)
     x_BlD = x_BlD + self.branch(h_BlD * gamma2, noise, keys[1])
 
     return constrain(x_BlD, STREAM), (None if past is None else kv)
@@ -281,12 +288,19 @@ def normal(std: float):
   return nn.initializers.normal(std)
 
 
-def _dense(cfg: VARConfig, features: int, kernel_init, name: str):
+def _dense(
+  cfg: VARConfig,
+  features: int,
+  kernel_init,
+  name: str,
+  dot_general: Callable = jax.lax.dot_general,
+):
   """Return a projection that multiplies in cfg.dtype."""
   return nn.Dense(
     features,
     dtype=cfg.dtype,
     precision=layers.matmul_precision(cfg.dtype),
     kernel_init=kernel_init,
+    dot_general=dot_general,
     name=name,
   )

@@ -7,6 +7,7 @@ image as reconstructed from the coarser scales, brought down to the size of
 scale s (`Tokenizer.inputs`); scale 0 starts from the class embedding.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -59,10 +60,12 @@ class VAR(nn.Module):
 
   Args:
     attend: the attention function, with the signature of `layers.attend`.
+    dot_general: what projections of tokens multiply with.
   """
 
   cfg: VARConfig
   attend: Callable = layers.attend
+  dot_general: Callable = jax.lax.dot_general
 
   def setup(self):
     cfg = self.cfg
@@ -73,11 +76,13 @@ class VAR(nn.Module):
     self.pos = self.param("pos", init, (cfg.schedule.num_tokens, D))
     self.lvl_emb = self.param("lvl_emb", init, (S, D))
     # VAR: embeddings and head stay float32 where the blocks are bfloat16.
-    self.word_emb = nn.Dense(D, kernel_init=init, precision=layers.HIGHEST)
-    self.head = nn.Dense(
+    dense = functools.partial(
+      nn.Dense, precision=layers.HIGHEST, dot_general=self.dot_general
+    )
+    self.word_emb = dense(D, kernel_init=init)
+    self.head = dense(
       cfg.vocab_size,
       kernel_init=normal(cfg.init_std * cfg.init_head),
-      precision=layers.HIGHEST,
     )
     self.head_ada = AdaLinear(cfg, (cfg.init_adaln,) * 2)
     gains = (cfg.init_adaln_gamma,) * 2 + (cfg.init_adaln,) * 4
@@ -92,7 +97,7 @@ class VAR(nn.Module):
     if cfg.remat != "none":
       policy = REMAT_POLICIES[cfg.remat]
       block = nn.remat(Block, prevent_cse=False, policy=policy)
-    self.blocks = over_layers(block, cfg)(cfg, self.attend)
+    self.blocks = over_layers(block, cfg)(cfg, self.attend, self.dot_general)
 
   def __call__(
     self,

@@ -3,8 +3,8 @@
 All of them return what `layers.attend` returns. Splash attention (a Pallas
 kernel of JAX) never has the L^2 weights in memory and skips blocks that the
 block-causal mask hides; it runs inside a shard_map, rows of the batch and heads
-split as everywhere. Where nothing is masked, as in sampling, plain attention is
-used.
+split as everywhere. `cpu.Attend` does the like on one CPU. Where nothing is
+masked, as in sampling, plain attention is used.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import Mesh, PartitionSpec
 
-from var_jax.models import layers
+from var_jax.models import cpu, layers
 from var_jax.models.scales import ScaleSchedule
 from var_jax.parallel import mesh as mesh_lib
 
-IMPLEMENTATIONS = ("auto", "plain", "splash", "cudnn")
+IMPLEMENTATIONS = ("auto", "plain", "splash", "cudnn", "cpu")
 
 _LANES = 128  # of a TPU; lengths are padded to a multiple
 _MAX_BLOCK = 512
@@ -33,11 +33,12 @@ def choose(name: str, mesh: Mesh, scales: ScaleSchedule, dtype) -> Callable:
   """Return the attention function of a name, or of the mesh's platform.
 
   Args:
-    name: "auto" is splash on TPU, cudnn on GPU in bfloat16, plain elsewhere.
+    name: "auto" is splash on TPU, cudnn on GPU in bfloat16, cpu on one CPU,
+      plain elsewhere.
     dtype: of the matmul inputs.
 
   Raises:
-    ValueError: the name is not known, or cudnn is asked for elsewhere.
+    ValueError: the name is not known, or cudnn or cpu is asked for elsewhere.
   """
   if name not in IMPLEMENTATIONS:
     raise ValueError(
@@ -48,10 +49,20 @@ def choose(name: str, mesh: Mesh, scales: ScaleSchedule, dtype) -> Callable:
   half = jnp.dtype(dtype) == jnp.bfloat16
   if name == "auto":
     of_gpu = "cudnn" if half else "plain"
-    name = {"tpu": "splash", "gpu": of_gpu}.get(platform, "plain")
+    of_cpu = "cpu" if mesh_lib.is_one_cpu(mesh) else "plain"
+    name = {"tpu": "splash", "gpu": of_gpu, "cpu": of_cpu}.get(
+      platform, "plain"
+    )
+  levels = tuple(scales.level_ids().tolist())
   if name == "splash":
-    levels = tuple(scales.level_ids().tolist())
     return Splash(mesh, levels, interpret=platform != "tpu")
+  if name == "cpu":
+    if not mesh_lib.is_one_cpu(mesh):
+      raise ValueError(
+        f"attention 'cpu' is for one CPU, not for {mesh.size} devices of "
+        f"{platform}; use auto."
+      )
+    return cpu.Attend(levels)
   if name == "cudnn":
     if platform != "gpu" or not half:
       raise ValueError(
@@ -77,6 +88,8 @@ def name_of(attend: Callable) -> str:
   """Return which of IMPLEMENTATIONS a function is, as `choose` returns it."""
   if isinstance(attend, Splash):
     return "splash"
+  if isinstance(attend, cpu.Attend):
+    return "cpu"
   return "cudnn" if attend is cudnn else "plain"
 
 

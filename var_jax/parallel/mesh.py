@@ -104,6 +104,11 @@ def make_mesh(
   return Mesh(np.stack(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def is_one_cpu(mesh: Mesh) -> bool:
+  """Return whether what is for one CPU only may be used."""
+  return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 def resolve(
   cfg: MeshConfig, devices: Sequence[jax.Device]
 ) -> tuple[int, int, int, int]:

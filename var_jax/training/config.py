@@ -56,7 +56,7 @@ def run_config(kind: str) -> ml_collections.ConfigDict:
       OptimizerConfig, b1=0.5, b2=0.9, weight_decay=0.0
     )
   if kind == "var":
-    config.attention = "auto"  # or plain, splash (TPU), cudnn (GPU)
+    config.attention = "auto"  # or plain, splash (TPU), cudnn (GPU), cpu
     config.tokenizer_path = ""  # the workdir of a trained tokenizer
     config.data.image_size = 0  # pixels; 0 is that of any tokenizer
     config.data.token_cache = ""  # a folder; train from the tokens in it

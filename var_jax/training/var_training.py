@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import ml_collections
 
+from var_jax.models import cpu
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.models.transformer import VAR, VARConfig
 from var_jax.parallel import attention, rules
+from var_jax.parallel import mesh as mesh_lib
 from var_jax.training import flops, programs, progressive, var_step
 from var_jax.training.state import TrainState
 
@@ -57,6 +59,8 @@ class VARTraining:
     attend = attention.choose(
       self.config.attention, self.mesh, self.cfg.schedule, self.cfg.dtype
     )
+    if mesh_lib.is_one_cpu(self.mesh):
+      return VAR(self.cfg, attend, cpu.dot_general)
     return VAR(self.cfg, attend)
 
   @functools.cached_property
