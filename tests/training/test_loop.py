@@ -7,11 +7,12 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import tokenizer as tokenizer_presets
 from configs import var as var_presets
-from var_jax.checkpoints import weights
-from var_jax.training import checks, loop, programs, report
+from var_jax.checkpoints import store, weights
+from var_jax.training import checks, loop, programs, report, setup
 
 
 def tokenizer_config(steps=6):
@@ -73,6 +74,21 @@ def cut_back(workdir, copy, step):
   with (copy / "metrics.jsonl").open("a") as file:
     file.write('{"step": 6, "los')
   return copy
+
+
+def test_before_its_start_a_discriminator_does_nothing(trained):
+  workdir = epath.Path(trained[0])
+  run = setup.open_run(tokenizer_config(), workdir)
+  checkpoints = store.Store(workdir, keep=1, read_only=True)
+  fresh = run.program.init().adversary
+  second, fourth = (run.restore(checkpoints, k).adversary for k in (2, 4))
+  checkpoints.close()
+  jax.tree.map(np.testing.assert_array_equal, second, fresh)
+  assert fourth.real != 0.0
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), fourth, fresh)
+  assert all(jax.tree.leaves(moved.params))
+  told = ["adversary_loss" in record for record in metrics(workdir)]
+  assert told == [False] * 2 + [True] * 4
 
 
 def test_resumed_tokenizer_equals_the_uninterrupted_one(trained, tmp_path):
@@ -222,7 +238,8 @@ def test_every_preset_builds_its_dataclasses():
   for name in var_presets.PRESETS:
     config = var_presets.get_config(name)
     cfg = VARConfig(**config.model)
-    assert cfg.width == (160 if name == "fashion32" else 64 * cfg.depth)
+    small = name in ("fashion32", "emoji64")
+    assert cfg.width == (32 if small else 64) * cfg.depth
     programs.optimizer(config)
     checks.check_config(config)
 

@@ -54,13 +54,14 @@ class Compiled(NamedTuple):
 
 
 def train_step(training: VARTraining | TokenizerTraining):
-  """Return the lowered step, the last stage's of progressive training."""
+  """Return the lowered step of the last stage."""
   config, mesh = training.config, training.mesh
   batch = batch_like(training)
-  if isinstance(training, TokenizerTraining):
-    return training.step.lower(training.like, training.frozen_like, batch)
   last = training.stage_of(config.steps - 1)
-  frozen = _tokenizer_like(training.tokenizer, mesh)
+  if isinstance(training, TokenizerTraining):
+    frozen = training.frozen_like
+  else:
+    frozen = _tokenizer_like(training.tokenizer, mesh)
   return training.step(last).lower(training.like, frozen, batch)
 
 

@@ -32,10 +32,8 @@ def init(against: Against, tokenizer: Tokenizer, key) -> Adversary:
   return Adversary(params, against.optimizer.init(params), zero, zero)
 
 
-def play(against, seed, part, step, listened, image_grad, features_BHWZ):
+def play(against, seed, part, listened, image_grad, features_BHWZ):
   """Return the image's gradient with D's part, D's gradients, and metrics.
-
-  Before the start nothing of it is computed and all of it is 0.
 
   Args:
     image_grad: of all other losses.
@@ -50,51 +48,45 @@ def play(against, seed, part, step, listened, image_grad, features_BHWZ):
     keys_B = sample_keys(seed, use, part["position"])
     return adversary_lib.augment(image_BHW3, keys_B)
 
-  def now():
-    def fooled(again_BHW3):
-      return -jnp.mean(apply(state.params, seen(again_BHW3, AUGMENT_FAKE)))
+  def fooled(again_BHW3):
+    return -jnp.mean(apply(state.params, seen(again_BHW3, AUGMENT_FAKE)))
 
-    generator_loss, fooled_grad = jax.value_and_grad(fooled)(again_BHW3)
-    weight = jnp.float32(cfg.weight)
-    if cfg.adaptive:
-      weight *= adversary_lib.adaptive_weight(
-        last_kernel_gradient(features_BHWZ, image_grad),
-        last_kernel_gradient(features_BHWZ, fooled_grad),
-      )
-
-    def loss_of(params):
-      real_Bij = apply(params, seen(image_BHW3, AUGMENT_REAL))
-      fake_Bij = apply(params, seen(again_BHW3, AUGMENT_FAKE))
-      loss = adversary_lib.hinge(real_Bij, fake_Bij)
-      if cfg.lecam:
-        loss += cfg.lecam * adversary_lib.lecam(
-          real_Bij, fake_Bij, state.real, state.fake
-        )
-      return loss, (jnp.mean(real_Bij), jnp.mean(fake_Bij))
-
-    (loss, (real, fake)), grads = jax.value_and_grad(loss_of, has_aux=True)(
-      state.params
+  generator_loss, fooled_grad = jax.value_and_grad(fooled)(again_BHW3)
+  weight = jnp.float32(cfg.weight)
+  if cfg.adaptive:
+    weight *= adversary_lib.adaptive_weight(
+      last_kernel_gradient(features_BHWZ, image_grad),
+      last_kernel_gradient(features_BHWZ, fooled_grad),
     )
-    metrics = {
+
+  def loss_of(params):
+    real_Bij = apply(params, seen(image_BHW3, AUGMENT_REAL))
+    fake_Bij = apply(params, seen(again_BHW3, AUGMENT_FAKE))
+    loss = adversary_lib.hinge(real_Bij, fake_Bij)
+    if cfg.lecam:
+      loss += cfg.lecam * adversary_lib.lecam(
+        real_Bij, fake_Bij, state.real, state.fake
+      )
+    return loss, (jnp.mean(real_Bij), jnp.mean(fake_Bij))
+
+  (loss, (real, fake)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+    state.params
+  )
+  return (
+    image_grad + weight * fooled_grad,
+    grads,
+    {
       "adversary_loss": generator_loss,
       "adversary_weight": weight,
       "discriminator_loss": loss,
       "real_logit": real,
       "fake_logit": fake,
-    }
-    return image_grad + weight * fooled_grad, grads, metrics
-
-  def later():
-    nothing = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(now)
-    )
-    return image_grad, *nothing[1:]
-
-  return jax.lax.cond(step >= cfg.start, now, later)
+    },
+  )
 
 
 def advance(against, state, after, grads, metrics) -> TrainState:
-  """Return the state with one step of the discriminator, once it has begun."""
+  """Return the state with one step of the discriminator."""
   cfg, old = against.cfg, state.adversary
   updates, opt_state = optax.with_extra_args_support(against.optimizer).update(
     grads, old.opt_state, old.params, step=state.step
@@ -106,7 +98,4 @@ def advance(against, state, after, grads, metrics) -> TrainState:
     decay * old.real + (1.0 - decay) * metrics["real_logit"],
     decay * old.fake + (1.0 - decay) * metrics["fake_logit"],
   )
-  begun = state.step >= cfg.start
-  return after.replace(
-    adversary=jax.tree.map(lambda o, n: jnp.where(begun, n, o), old, new)
-  )
+  return after.replace(adversary=new)

@@ -39,7 +39,7 @@ class Program(NamedTuple):
   init: Callable[[], TrainState]  # of a new run, warm or not, on the mesh
   like: TrainState  # its shapes and shardings
   step: Callable[..., tuple[TrainState, Mapping]]  # (state, batch, stage)
-  stage: Callable[[int], int | None]  # of progressive training; None: all
+  stage: Callable[[int], int | None]  # of a step; None: there is one only
   evaluate: Callable[[Any, Mapping], Mapping]  # sums over a batch
   summary: Callable[[Mapping], Mapping]  # numbers, of means over all samples
   pictures: Callable[..., Mapping[str, np.ndarray]]  # (run, state)

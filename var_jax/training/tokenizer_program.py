@@ -63,7 +63,7 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     description=programs.describe(config, source, workdir, training.cfg, None),
     init=start,
     like=training.like,
-    step=lambda state, batch, stage: training.step(state, frozen, batch),
+    step=lambda state, batch, stage: training.step(stage)(state, frozen, batch),
     stage=training.stage_of,
     evaluate=lambda params, batch: training.evaluate(params, frozen, batch),
     summary=tokenizer_eval.summary,

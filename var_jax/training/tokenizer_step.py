@@ -104,7 +104,8 @@ def make_step(
     accumulate: parts that the batch is taken in, one after another; dead
       codes are looked for in the whole batch, and each part has an adaptive
       weight of its own.
-    against: the discriminator, whose state is `state.adversary`.
+    against: the discriminator, whose state is `state.adversary`; None where
+      there is none, or before it starts.
     schedules: reported as learning_rate and weight_decay.
     trained: one of `optim.PARTS`; the rest has gradients of 0.
   """
@@ -137,7 +138,7 @@ def make_step(
       if against is not None:
         listened = (state.adversary, image_BHW3, again_BHW3)
         image_grad, adversary_grads, of_adversary = adversary_step.play(
-          against, seed, part, state.step, listened, image_grad, features_BHWZ
+          against, seed, part, listened, image_grad, features_BHWZ
         )
         metrics |= of_adversary
       (grads,) = pull((image_grad, jnp.float32(cfg.quantizer_weight)))

@@ -6,6 +6,7 @@ plan compiles the same for devices that are not there.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -161,15 +162,18 @@ class TokenizerTraining:
     return programs.created(create, self.mesh, self.like, *args)
 
   @functools.cached_property
-  def step(self) -> rules.Jit:
-    """The program (state, frozen, batch); `frozen` is as `frozen_like`."""
+  def step(self) -> Callable[[int | None], rules.Jit]:
+    """By stage, the program (state, frozen, batch), frozen as `frozen_like`."""
+    return functools.cache(self._step)
+
+  def _step(self, stage: int | None) -> rules.Jit:
     optimizer, settings = self._optimizer
     step = tokenizer_step.make_step(
       self.tokenizer,
       optimizer,
       self._loss,
       collapse=self._collapse,
-      against=self._against,
+      against=self._against if stage else None,
       trained=self.config.train_only,
       **settings,
     )
@@ -196,10 +200,15 @@ class TokenizerTraining:
     )
     return programs.compiled_sums(sums, self.mesh, self.like)
 
-  def stage_of(self, step: int) -> None:
-    """Return None: a tokenizer's training has no stages."""
+  def stage_of(self, step: int) -> int | None:
+    """Return whether the discriminator plays yet, 0 or 1; None: there is none.
 
-  def work(self, stage: None) -> programs.Work:
+    A program each: in a branch of one, CPUs take ten times as long for it.
+    """
+    against = self._against
+    return int(step >= against.cfg.start) if against else None
+
+  def work(self, stage: int | None) -> programs.Work:
     each = flops.tokenizer_step(self.cfg)
     return programs.Work(
       self.cfg.schedule.num_tokens, self.config.data.batch_size * each
