@@ -4,8 +4,9 @@
 
 The archive holds `images` (uint8, RGB), `labels` and `class_names`. A tenth of
 it is held out. All rows take the same steps over the same batches. Writes
-DIR/ROW, a workdir whose report.html has pictures, and ablation.json, to which
-rows of a later call are added.
+DIR/ROW, a workdir whose report.html has pictures, ablation.json, to which rows
+of a later call are added, and reconstructions.png: held-out images, and what
+each row makes of all scales and of the first three.
 """
 
 import argparse
@@ -15,9 +16,13 @@ import time
 import numpy as np
 from etils import epath
 
+import var_jax
 from configs import tokenizer as presets
-from var_jax import files
-from var_jax.training import loop
+from var_jax import files, images
+from var_jax.training import loop, pictures
+
+COLUMNS = 12
+COARSE = 3  # scales, of the pictures of few
 
 # Each row has what those above it have.
 ROWS = {
@@ -25,7 +30,7 @@ ROWS = {
   "living codes": {"loss.revive_every": 50, "loss.kmeans_rounds": 5},
   "scale dropout": {"loss.scale_dropout": 0.1},
   "adversary": {
-    "adversary.weight": 0.1,
+    "adversary.weight": 0.5,
     "adversary.start": 500,
     "adversary.lecam": 0.001,
     "adversary.channels": 16,
@@ -37,6 +42,7 @@ ROWS = {
 _OFF = {
   "loss.revive_every": 0,
   "loss.kmeans_rounds": 0,
+  "loss.scale_dropout": 0.0,
   "collapse.policy": "report",
 }
 
@@ -52,6 +58,7 @@ def main():
   output = epath.Path(args.output)
   output.mkdir(parents=True, exist_ok=True)
   split(args.data, output)
+  held_out = np.load(output / "held_out.npz")["images"]
   asked, settings = args.rows.split(","), dict(_OFF)
   before = output / "ablation.json"
   record = json.loads(before.read_text()) if before.exists() else {}
@@ -77,6 +84,8 @@ def main():
     record = {row: record[row] for row in ROWS if row in record}
     files.write_json(output / "ablation.json", record)
     print(json.dumps(record[name], indent=2), flush=True)
+  compare(output, record, held_out)
+  files.write_json(output / "ablation.json", record)
   print(table(record))
 
 
@@ -106,11 +115,36 @@ def last_evaluation(workdir: epath.Path) -> dict:
   }
 
 
+def after_each_scale(workdir: epath.Path, pixels_BHW3) -> np.ndarray:
+  """Return the images as the scales up to each make them, uint8 [S, ..]."""
+  model = var_jax.load(workdir)
+  again_SBHW3 = pictures.after_each_scale(
+    model.models.tokenizer, model.params.tokenizer, images.to_float(pixels_BHW3)
+  )
+  return images.to_uint8(np.stack(again_SBHW3))
+
+
+def compare(output: epath.Path, record: dict, pixels_BHW3) -> None:
+  """Add to each row its PSNR after each scale; write reconstructions.png."""
+  rows, coarse = {"real": list(pixels_BHW3[:COLUMNS])}, {}
+  for name, row in record.items():
+    again_SBHW3 = after_each_scale(output / name, pixels_BHW3)
+    error = again_SBHW3.astype(np.float64) - pixels_BHW3
+    error_S = np.mean(np.square(error), axis=(1, 2, 3, 4))
+    row["psnr_by_scale"] = (10 * np.log10(255**2 / error_S)).round(2).tolist()
+    rows[name] = list(again_SBHW3[-1, :COLUMNS])
+    coarse[f"{name}, {COARSE}"] = list(again_SBHW3[COARSE - 1, :COLUMNS])
+  rows |= coarse
+  grid = images.grid(list(rows.values()), list(rows))
+  images.write_image(output / "reconstructions.png", grid)
+
+
 def table(record: dict) -> str:
   """Return a row of Markdown each."""
   lines = [
-    "| | PSNR | SSIM | codes | used by scale | explained by scale | min |",
-    "|---|---|---|---|---|---|---|",
+    "| | PSNR | SSIM | codes | used by scale | explained by scale | PSNR after "
+    "each scale | min |",
+    "|---|---|---|---|---|---|---|---|",
   ]
   for name, row in record.items():
     S = sum(key.startswith("codes_used/") for key in row)
@@ -119,7 +153,7 @@ def table(record: dict) -> str:
     lines.append(
       f"| {name} | {row['psnr']:.2f} | {row['ssim']:.3f} | "
       f"{row['code_share']:.2f} | {' '.join(used)} | {' '.join(explained)} | "
-      f"{row['minutes']} |"
+      f"{' '.join(map(str, row['psnr_by_scale']))} | {row['minutes']} |"
     )
   return "\n".join(lines)
 

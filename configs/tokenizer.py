@@ -105,7 +105,7 @@ def _small(preset: str) -> ml_collections.ConfigDict:
   else:
     config.steps = 1500
     config.data.batch_size = 16
-    config.loss.kmeans_rounds = 5
+    config.loss.update(kmeans_rounds=5, scale_dropout=0.1)
     config.optimizer.learning_rate = 2e-3 * 16
   return config
 

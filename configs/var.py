@@ -27,7 +27,7 @@ PRESETS = {
   # For two CPU cores, see docs/benchmarks.md: Fashion-MNIST at 32 px, and
   # emoji at 64.
   "fashion32": (5, 32, None, 8e-3, 1e-1, 0.01, None),
-  "emoji64": (6, 32, None, 8e-3, 1e-1, 0.01, None),
+  "emoji64": (5, 16, None, 16e-3, 1e-1, 0.01, None),
   "tiny": (2, 16, None, 1e-2, 1e-1, 0.1, None),
 }
 
@@ -82,7 +82,7 @@ def _config(preset: str) -> ml_collections.ConfigDict:
   if preset == "d36-512":
     config.data.image_size = 512
   if preset in ("fashion32", "emoji64"):
-    config.steps = {"fashion32": 4000, "emoji64": 2500}[preset]
+    config.steps = {"fashion32": 4000, "emoji64": 3000}[preset]
     config.ema_decay = 0.999
     config.data.source = f"npz:/path/to/{preset}_train.npz"
     config.data.transform = "resize"

@@ -68,7 +68,7 @@ def reconstructions(
   A row a scale, coarse to fine; the last is the whole reconstruction.
   """
   image_BHW3 = mesh_lib.spread(mesh, images.to_float(pixels_BHW3))
-  again_SBHW3 = _reconstruct(tokenizer, params, image_BHW3)
+  again_SBHW3 = after_each_scale(tokenizer, params, image_BHW3)
   rows = [list(pixels_BHW3)]
   rows += [list(_pixels(x, len(pixels_BHW3))) for x in again_SBHW3]
   names = [f"{i}x{j}" for i, j in tokenizer.cfg.schedule.shapes]
@@ -81,7 +81,7 @@ def _pixels(image_BHW3: jax.Array, count: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reconstruct(tokenizer, params, image_BHW3) -> list[jax.Array]:
+def after_each_scale(tokenizer, params, image_BHW3) -> list[jax.Array]:
   """Return the image after each scale."""
   tokens_BL = tokenizer.apply(params, image_BHW3, method="encode")
   f_hats = tokenizer.apply(params, tokens_BL, method="accumulate")
