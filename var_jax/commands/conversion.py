@@ -29,12 +29,13 @@ def add(commands) -> None:
     "--quant-resi", type=float, help="r of phi, 0.5 if unsaid"
   )
   losses = convert.add_argument_group(
-    "perceptual loss", "for training a tokenizer; .pth or .safetensors"
+    "other networks", "of a loss or a measure; .pth or .safetensors"
   )
   losses.add_argument(
     "--lpips", help="the heads of the lpips package, or all of LPIPS"
   )
   losses.add_argument("--vgg", help="VGG16 of torchvision, with the heads")
+  losses.add_argument("--inception", help="the Inception of FID")
   target = convert.add_argument_group("out")
   target.add_argument("--checkpoint", help="a workdir")
   target.add_argument(
@@ -59,7 +60,9 @@ def _convert(args) -> None:
 
 
 def _convert_one_way(args) -> None:
-  if args.lpips or args.vgg:
+  if args.inception:
+    _import_inception(args)
+  elif args.lpips or args.vgg:
     _import_lpips(args)
   elif args.checkpoint:
     if not args.to:
@@ -94,14 +97,23 @@ def _refuse(args, given: str, *flags: str) -> None:
       )
 
 
+_OUT_FLAGS = ("checkpoint", "to", "weights", "batch", "verify")
+
+
+def _import_inception(args) -> None:
+  from var_jax.evaluation import inception_weights
+
+  _refuse(args, "--inception", *IN_FLAGS, *_OUT_FLAGS, "lpips", "vgg")
+  inception_weights.convert(args.inception, args.output)
+  print(f"wrote the weights of Inception to {args.output}")
+
+
 def _import_lpips(args) -> None:
   from var_jax.checkpoints import lpips
 
   if not args.lpips:
     raise UsageError("--vgg needs --lpips; see var-jax convert --help.")
-  _refuse(
-    args, "--lpips", *IN_FLAGS, "checkpoint", "to", "weights", "batch", "verify"
-  )
+  _refuse(args, "--lpips", *IN_FLAGS, *_OUT_FLAGS)
   lpips.convert(args.lpips, args.output, args.vgg)
   print(f"wrote the weights of LPIPS to {args.output}")
 

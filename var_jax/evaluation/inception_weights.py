@@ -1,0 +1,91 @@
+"""The weights of Inception: a public PyTorch file in, a folder of ours out.
+
+The file is pt_inception-2015-12-05-6726825d.pth, which pytorch-fid and others
+made of TensorFlow's graph of 2015. torchvision's Inception has other weights,
+and so another FID.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+
+from var_jax import files
+from var_jax.checkpoints import checksums, tensor_files
+from var_jax.evaluation import inception
+
+_NAME = "inception.safetensors"
+_EPSILON = 1e-3  # of batch normalisation, as in the graph
+
+
+def convert(path: str, output: epath.PathLike) -> None:
+  """Write the weights of a file to a new folder.
+
+  Raises:
+    ValueError: the file is missing or damaged, or lacks a weight.
+  """
+  weights = from_torch(dict(tensor_files.read_tensors(path)), path)
+  with files.new_folder(output) as folder:
+    tensor_files.write_safetensors(folder / _NAME, weights)
+    checksums.write(folder)
+
+
+def read(folder: epath.PathLike) -> dict[str, np.ndarray]:
+  """Return what `inception.features` takes, float32.
+
+  Raises:
+    ValueError: `convert` did not write this folder, or it is damaged.
+  """
+  folder = files.absolute(folder)
+  if not (folder / _NAME).exists():
+    raise ValueError(
+      f"{folder} has no {_NAME}; give a folder that `var-jax convert "
+      "--inception` wrote."
+    )
+  checksums.verify(folder)
+  found = dict(tensor_files.read_tensors(folder / _NAME))
+  for name, shape in inception.shapes().items():
+    if name not in found or found[name].shape != shape:
+      raise ValueError(
+        f"{folder / _NAME} has no {name} of shape {shape}; convert it again."
+      )
+  return found
+
+
+def from_torch(
+  tensors: Mapping[str, np.ndarray], where: str
+) -> dict[str, np.ndarray]:
+  """Return the weights of a state dict; `where` is what messages call it.
+
+  Raises:
+    ValueError: a tensor is missing, or has another shape.
+  """
+
+  def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name not in tensors or tensors[name].shape != shape:
+      has = tensors[name].shape if name in tensors else "none"
+      raise ValueError(
+        f"{where}: tensor {name} has shape {shape} in the Inception of FID and "
+        f"{has} here; give pt_inception-2015-12-05-6726825d.pth."
+      )
+    return np.asarray(tensors[name], np.float64)
+
+  weights = {}
+  for name, shape in inception.shapes().items():
+    layer, kind = name.split("/")
+    if layer == "logits":
+      weights[name] = tensor("fc.weight", shape[::-1]).T
+    elif kind == "kernel":
+      official = tensor(f"{layer}.conv.weight", (*shape[:1:-1], *shape[:2]))
+      weights[name] = official.transpose(2, 3, 1, 0)
+    else:
+      weight, bias, mean, variance = (
+        tensor(f"{layer}.bn.{part}", shape)
+        for part in ("weight", "bias", "running_mean", "running_var")
+      )
+      scale = weight / np.sqrt(variance + _EPSILON)
+      weights[name] = scale if kind == "scale" else bias - mean * scale
+  return {
+    name: np.ascontiguousarray(value, np.float32)
+    for name, value in weights.items()
+  }
