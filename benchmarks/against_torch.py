@@ -34,9 +34,9 @@ from var_jax.generation.sampler import Models
 from var_jax.models import cpu
 from var_jax.models.scales import SCALES
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from var_jax.models.transformer import VAR, VARConfig
-from var_jax.parallel import attention, mesh
-from var_jax.training import optim, tokenizer_step, var_step
+from var_jax.models.transformer import VARConfig
+from var_jax.parallel import mesh
+from var_jax.training import optim, tokenizer_step, var_step, var_training
 from var_jax.training.state import TrainState
 
 _SAME_PARTS = {name: name for name in ("image", "transformer", "decoder")}
@@ -170,8 +170,8 @@ def our_steps(tokenizer_cfg, cfg, batch: int):
   compile_cache.enable()
   cfg = dataclasses.replace(cfg, drop_path=0.0)  # the reference has none
   batches = token_cache.synthetic(batch, tokenizer_cfg)
-  attend = attention.choose("auto", mesh.make_mesh(), cfg.schedule, cfg.dtype)
-  var, tokenizer = VAR(cfg, attend, cpu.dot_general), Tokenizer(tokenizer_cfg)
+  var = var_training.make_var(cfg, mesh.make_mesh())
+  tokenizer = Tokenizer(tokenizer_cfg)
   key = jax.random.key(0, impl="rbg")  # quick to compile
   frozen = tokenizer_step.init_params(tokenizer, key)
   optimizer = optim.make_optimizer(

@@ -59,6 +59,10 @@ def main():
   judged = time.process_time()
   sampling = dict(guidance=args.guidance, top_k=args.top_k, top_p=args.top_p)
   labels, pixels = draw(model, args.seed, sampling)
+  # Grey images as such, whatever colours their samples have.
+  grey = not np.ptp(train[0], axis=-1).any()
+  compared = demo.grey if grey else np.asarray
+  real, unseen = ((compared(x), classes) for x, classes in (train, test))
   record = {
     "sampling": {**sampling, "seed": args.seed},
     "samples_a_class": SAMPLES_A_CLASS,
@@ -71,8 +75,8 @@ def main():
     "reconstructions": measure_reconstructions(model, judge, *test),
     "samples": {
       **accuracies(judge(pixels), labels),
-      "novelty": novelty(pixels, labels, train, test),
-      "diversity": demo.diversity(pixels, labels, *train),
+      "novelty": novelty(compared(pixels), labels, real, unseen),
+      "diversity": demo.diversity(compared(pixels), labels, *real),
     },
     "cpu_seconds_of_the_judge": round(judged - start),
     "cpu_seconds": round(time.process_time() - start),
@@ -166,14 +170,21 @@ def fit_svm(pixels_BHW3: np.ndarray, labels_B: np.ndarray) -> Judge:
   from sklearn.pipeline import make_pipeline
   from sklearn.svm import SVC
 
+  n, components = SVM["cells"], SVM["components"]
+  H, W = pixels_BHW3.shape[1:3]
+  if H % n or W % n or len(pixels_BHW3) < components:
+    raise SystemExit(
+      f"{len(pixels_BHW3)} images of {H}x{W} pixels: the svm needs sides that "
+      f"are multiples of {n} and at least {components} images; use network."
+    )
+
   def features(pixels_BHW3):
-    B, H, W, _ = pixels_BHW3.shape
-    n = SVM["cells"]
+    B = len(pixels_BHW3)
     cells = pixels_BHW3.reshape(B, n, H // n, n, W // n, 3) / 255
     return cells.mean(axis=(2, 4)).reshape(B, -1)
 
   # The solver of a part of the components starts at random.
-  pca = PCA(SVM["components"], random_state=0)
+  pca = PCA(components, random_state=0)
   classifier = make_pipeline(pca, SVC(C=SVM["C"]))
   classifier.fit(features(pixels_BHW3), labels_B)
   return lambda pixels_BHW3: classifier.predict(features(pixels_BHW3))

@@ -55,11 +55,15 @@ def main():
   parser.add_argument("--steps", type=int, default=0, help="of the preset if 0")
   args = parser.parse_args()
 
-  output = epath.Path(args.output)
+  output, asked = epath.Path(args.output), args.rows.split(",")
+  for name in asked:
+    if name not in ROWS:
+      raise SystemExit(f"row {name!r} is not one of {', '.join(ROWS)}.")
+    files.check_new(output / name)
   output.mkdir(parents=True, exist_ok=True)
   split(args.data, output)
   held_out = np.load(output / "held_out.npz")["images"]
-  asked, settings = args.rows.split(","), dict(_OFF)
+  settings = dict(_OFF)
   before = output / "ablation.json"
   record = json.loads(before.read_text()) if before.exists() else {}
   for name, more in ROWS.items():
@@ -73,17 +77,19 @@ def main():
     config.steps = args.steps or config.steps
     config.checkpoint_every = config.steps
     config.eval_every = config.steps
-    files.check_new(output / name)
     begin = time.monotonic()
     loop.train(config, output / name)
     record[name] = {
       "minutes": round((time.monotonic() - begin) / 60, 1),
+      "steps": config.steps,
       "settings": dict(settings),
       **last_evaluation(output / name),
     }
     record = {row: record[row] for row in ROWS if row in record}
     files.write_json(output / "ablation.json", record)
     print(json.dumps(record[name], indent=2), flush=True)
+  if len({row["steps"] for row in record.values()}) > 1:
+    raise SystemExit(f"rows of {output} differ in steps; use another folder.")
   compare(output, record, held_out)
   files.write_json(output / "ablation.json", record)
   print(table(record))
@@ -125,13 +131,17 @@ def after_each_scale(workdir: epath.Path, pixels_BHW3) -> np.ndarray:
 
 
 def compare(output: epath.Path, record: dict, pixels_BHW3) -> None:
-  """Add to each row its PSNR after each scale; write reconstructions.png."""
+  """Add to each row its PSNR after each scale; write reconstructions.png.
+
+  The mean over images, of pixels that are rounded.
+  """
   rows, coarse = {"real": list(pixels_BHW3[:COLUMNS])}, {}
   for name, row in record.items():
     again_SBHW3 = after_each_scale(output / name, pixels_BHW3)
     error = again_SBHW3.astype(np.float64) - pixels_BHW3
-    error_S = np.mean(np.square(error), axis=(1, 2, 3, 4))
-    row["psnr_by_scale"] = (10 * np.log10(255**2 / error_S)).round(2).tolist()
+    error_SB = np.mean(np.square(error), axis=(2, 3, 4))
+    psnr_S = np.mean(10 * np.log10(255**2 / error_SB), axis=1)
+    row["psnr_by_scale"] = psnr_S.round(2).tolist()
     rows[name] = list(again_SBHW3[-1, :COLUMNS])
     coarse[f"{name}, {COARSE}"] = list(again_SBHW3[COARSE - 1, :COLUMNS])
   rows |= coarse

@@ -100,9 +100,9 @@ def judge(model, train, held_out, labels, sample) -> dict[str, Any]:
     "sample_accuracy": float(right.mean()),
     "worst_class_accuracy": min(classes),
     "class_accuracy": classes,
-    "novelty": novelty(pixels, held_out[0], train[0]),
+    "novelty": novelty(*map(grey, (pixels, held_out[0], train[0]))),
     "token_copies": float(np.mean(copies)),
-    "diversity": diversity(pixels, labels, *train),
+    "diversity": diversity(grey(pixels), labels, grey(train[0]), train[1]),
   }
 
 
@@ -177,16 +177,20 @@ def all_of(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _features(pixels_BHW3: np.ndarray) -> np.ndarray:
   """Return the 8x8 grey values 0..16 that the digits were scanned at."""
-  grey = pixels_BHW3.astype(np.float32).mean(axis=-1)
-  cells = grey.reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4))
+  cells = grey(pixels_BHW3).reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4))
   return cells.reshape(len(cells), 64) * (16 / 255)
 
 
-def distances(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
+def grey(pixels_BHW3: np.ndarray) -> np.ndarray:
+  """Return the mean of the colours, [B, H, W, 1]."""
+  return pixels_BHW3.mean(axis=-1, keepdims=True, dtype=np.float32)
+
+
+def distances(a_BHWZ: np.ndarray, b_BHWZ: np.ndarray) -> np.ndarray:
   """Return Euclidean distances between all images of two kinds, [A, B]."""
   from scipy.spatial.distance import cdist
 
-  a, b = (x.reshape(len(x), -1) for x in (a_BHW3, b_BHW3))
+  a, b = (x.reshape(len(x), -1) for x in (a_BHWZ, b_BHWZ))
   return cdist(a, b)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from var_jax.generation import by_layer, sampler
 from var_jax.generation.sampler import Options
-from var_jax.models import cpu
+from var_jax.models import cpu_attention
 
 MODELS, PARAMS = golden_files.pair("A")
 FREE = Options(2.0, 40, 0.9)
@@ -50,9 +50,9 @@ def test_attention_a_head_at_a_time_draws_the_same_tokens(monkeypatch):
     lengths.append(q_BlNK.shape[1])
     return attend_by_heads(q_BlNK, *rest)
 
-  attend_by_heads = cpu.attend
-  monkeypatch.setattr(cpu, "attend", attend)
-  monkeypatch.setattr(cpu, "_MIN_QUERIES", 4)
+  attend_by_heads = cpu_attention.attend
+  monkeypatch.setattr(cpu_attention, "attend", attend)
+  monkeypatch.setattr(cpu_attention, "_MIN_QUERIES", 4)
   jax.clear_caches()
   tokens = []
   for layer_programs in (True, False):

@@ -234,39 +234,6 @@ np.testing.assert_allclose(
   )
 
 
-def queries(l, T, dtype=jnp.float32):
-  """Return q, k and v of two rows with three heads; logits spread over 60."""
-  q, k, v = jax.random.split(jax.random.key(1), 3)
-  return (
-    jax.random.normal(q, (2, l, 3, 8), dtype) * 5,
-    jax.random.normal(k, (2, T, 3, 8), dtype),
-    jax.random.normal(v, (2, T, 3, 8), dtype),
-  )
-
-
-@pytest.mark.parametrize("l, T", [(64, 64), (81, 140)])
-def test_attention_by_heads_is_attention(l, T):
-  qkv = queries(l, T)
-  # No program of it holds the weights of all heads.
-  text = jax.jit(cpu.attend).lower(*qkv, None).as_text()
-  assert f"tensor<{l}x{T}xf32>" in text and f"x{l}x{T}xf32>" not in text
-  ours, theirs = cpu.attend(*qkv, None), layers.attend(*qkv, None)
-  np.testing.assert_allclose(ours, theirs, atol=5e-6)
-
-
-@pytest.mark.parametrize(
-  "args",
-  [
-    (*queries(63, 80), None),
-    (*queries(64, 64, jnp.bfloat16), None),
-    (*queries(64, 64), jnp.tri(64, dtype=bool)),
-  ],
-  ids=["few", "bfloat16", "masked"],
-)
-def test_other_attention_is_plain(args):
-  np.testing.assert_array_equal(cpu.attend(*args), layers.attend(*args))
-
-
 _LAST = (((2,), (0,)), ((), ()))
 
 

@@ -1,5 +1,7 @@
 """Every attention is the plain one, in values and gradients."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,17 +39,16 @@ def with_gradients(attend, q, k, v, weights, mask_ll):
 
 
 @pytest.mark.parametrize(
-  "scales, l",
+  "name, scales, l",
   [
-    (SMALL, 183),
-    (SMALL, 100),  # a part of the last scale
-    (SMALL, 39),
-    (SMALL, 14),
-    (ScaleSchedule((12, 12)), 288),
-    (ScaleSchedule(SCALES[256]), 680),
+    ("splash", SMALL, 183),
+    ("splash", SMALL, 39),
+    ("splash", SMALL, 14),
+    ("splash", ScaleSchedule(SCALES[256]), 680),
+    ("cpu", SMALL, 183),
+    ("cpu", ScaleSchedule(SCALES[256]), 680),
   ],
 )
-@pytest.mark.parametrize("name", ["splash", "cpu"])
 def test_attention_is_plain_attention(name, scales, l):
   attend = attention.choose(name, one_device(), scales, "float32")
   assert attention.name_of(attend) == name
@@ -73,15 +74,6 @@ def test_no_gradient_of_a_token_reaches_finer_scales(name):
   assert reached.tolist() == [True] * 14 + [False] * 169
 
 
-def test_one_cpu_has_a_part_for_each_large_scale():
-  attend = attention.choose("cpu", one_device(), SMALL, "float32")
-  small, large = attend._parts(183)
-  assert (small.start, small.end) == (0, 39)
-  assert small.level_ids == attend.level_ids[:39]
-  assert large == (39, 183, None)
-  assert [part[:2] for part in attend._parts(39)] == [(0, 39)]
-
-
 def test_without_a_mask_splash_attention_sees_everything():
   splash = attention.choose("splash", mesh.make_mesh(), SMALL, "float32")
   q, k, v, _ = inputs(14)
@@ -94,6 +86,10 @@ def test_the_platform_chooses():
   here = one_device()
   auto = attention.choose("auto", here, SMALL, "float32")
   assert auto == attention.choose("cpu", here, SMALL, "float32")
+  half = attention.choose("auto", here, SMALL, "bfloat16")
+  eight = types.SimpleNamespace(size=8, devices=np.repeat(here.devices, 8))
+  several = attention.choose("auto", eight, SMALL, "float32")
+  assert half is several is layers.attend
   one, other = (
     attention.choose("splash", mesh.make_mesh(), SMALL, "float32")
     for _ in range(2)
@@ -101,5 +97,10 @@ def test_the_platform_chooses():
   assert one == other and hash(one) == hash(other)  # or jit traces again
   with pytest.raises(ValueError, match="'flash' is not known; use one of auto"):
     attention.choose("flash", here, SMALL, "float32")
+  message = "'cpu' is for one CPU in float32, not for {} x cpu in {}; use auto"
+  with pytest.raises(ValueError, match=message.format(8, "float32")):
+    attention.choose("cpu", eight, SMALL, "float32")
+  with pytest.raises(ValueError, match=message.format(1, "bfloat16")):
+    attention.choose("cpu", here, SMALL, "bfloat16")
   with pytest.raises(ValueError, match="'cudnn' does not run on cpu in fl"):
     attention.choose("cudnn", here, SMALL, "float32")

@@ -291,6 +291,7 @@ def test_a_plan_has_the_discriminator_and_the_weights_of_lpips():
   mesh, found = mesh_lib.make_mesh(), {}
   more = {
     "adversary.weight": 0.1,
+    "adversary.start": 2,
     "adversary.channels": 8,
     "adversary.layers": 2,
     "adversary.norm_groups": 4,
@@ -299,7 +300,11 @@ def test_a_plan_has_the_discriminator_and_the_weights_of_lpips():
   }
   for name, settings in (("plain", {}), ("all", more)):
     training = TokenizerTraining.of(config_of(**settings), mesh)
-    (state, frozen, _), _ = compiling.train_step(training).args_info
+    lowered = compiling.train_step(training)
+    _, metrics = lowered.out_info
+    # Of the last step, where the discriminator plays.
+    assert ("adversary_loss" in metrics) == bool(settings)
+    (state, frozen, _), _ = lowered.args_info
     sizes = [np.prod(x.shape) for x in jax.tree.leaves(frozen)]
     found[name] = memory.state_bytes(training, mesh), sum(sizes)
     assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(training.like))

@@ -13,7 +13,7 @@ import numpy as np
 
 from var_jax.generation import step
 from var_jax.generation.step import ModelParams, State
-from var_jax.models import cpu, layers
+from var_jax.models import cpu, cpu_attention, layers
 from var_jax.models.blocks import Block, Past
 
 # Below, Eigen's products are faster than XLA's YNN kernels, up to twice.
@@ -117,7 +117,8 @@ def enter_program(models, s, params, f_hat_BhwZ, modulation) -> jax.Array:
 def _layer(var, s, block, x_BlD, modulation_RB6D, r, cache):
   """Return the output of layer r, and its cache with keys and values of s."""
   start = var.cfg.schedule.start(s)
-  attend = cpu.attend if var.attend is layers.attend else var.attend
+  plain = var.attend is layers.attend
+  attend = cpu_attention.attend if plain else var.attend
   x_BlD, kv = Block(var.cfg, attend).apply(
     {"params": block}, x_BlD, modulation_RB6D[r], Past(*cache, start), None
   )

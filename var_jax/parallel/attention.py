@@ -3,8 +3,8 @@
 All of them return what `layers.attend` returns. Splash attention (a Pallas
 kernel of JAX) never has the L^2 weights in memory and skips blocks that the
 block-causal mask hides; it runs inside a shard_map, rows of the batch and heads
-split as everywhere. `cpu.Attend` does the like on one CPU. Where nothing is
-masked, as in sampling, plain attention is used.
+split as everywhere. `cpu_attention.Attend` does the like on one CPU. Where
+nothing is masked, as in sampling, plain attention is used.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import Mesh, PartitionSpec
 
-from var_jax.models import cpu, layers
+from var_jax.models import cpu_attention, layers
 from var_jax.models.scales import ScaleSchedule
 from var_jax.parallel import mesh as mesh_lib
 
@@ -33,8 +33,8 @@ def choose(name: str, mesh: Mesh, scales: ScaleSchedule, dtype) -> Callable:
   """Return the attention function of a name, or of the mesh's platform.
 
   Args:
-    name: "auto" is splash on TPU, cudnn on GPU in bfloat16, cpu on one CPU,
-      plain elsewhere.
+    name: "auto" is splash on TPU, cudnn on GPU in bfloat16, cpu on one CPU in
+      float32, plain elsewhere.
     dtype: of the matmul inputs.
 
   Raises:
@@ -49,7 +49,8 @@ def choose(name: str, mesh: Mesh, scales: ScaleSchedule, dtype) -> Callable:
   half = jnp.dtype(dtype) == jnp.bfloat16
   if name == "auto":
     of_gpu = "cudnn" if half else "plain"
-    of_cpu = "cpu" if mesh_lib.is_one_cpu(mesh) else "plain"
+    one_cpu = mesh_lib.is_one_cpu(mesh) and not half
+    of_cpu = "cpu" if one_cpu else "plain"
     name = {"tpu": "splash", "gpu": of_gpu, "cpu": of_cpu}.get(
       platform, "plain"
     )
@@ -57,12 +58,12 @@ def choose(name: str, mesh: Mesh, scales: ScaleSchedule, dtype) -> Callable:
   if name == "splash":
     return Splash(mesh, levels, interpret=platform != "tpu")
   if name == "cpu":
-    if not mesh_lib.is_one_cpu(mesh):
+    if not mesh_lib.is_one_cpu(mesh) or half:
       raise ValueError(
-        f"attention 'cpu' is for one CPU, not for {mesh.size} devices of "
-        f"{platform}; use auto."
+        f"attention 'cpu' is for one CPU in float32, not for {mesh.size} x "
+        f"{platform} in {dtype}; use auto."
       )
-    return cpu.Attend(levels)
+    return cpu_attention.Attend(levels)
   if name == "cudnn":
     if platform != "gpu" or not half:
       raise ValueError(
@@ -88,7 +89,7 @@ def name_of(attend: Callable) -> str:
   """Return which of IMPLEMENTATIONS a function is, as `choose` returns it."""
   if isinstance(attend, Splash):
     return "splash"
-  if isinstance(attend, cpu.Attend):
+  if isinstance(attend, cpu_attention.Attend):
     return "cpu"
   return "cudnn" if attend is cudnn else "plain"
 

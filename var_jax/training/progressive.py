@@ -63,7 +63,8 @@ def stage(
     return last
   if cfg.first > last:
     raise ValueError(
-      f"first {cfg.first} is not one of {num_scales} scales; use 0 .. {last}."
+      f"config.progressive: first {cfg.first} is not one of {num_scales} "
+      f"scales; use 0 .. {last}."
     )
   if step <= warmup_steps:
     return cfg.first

@@ -70,7 +70,8 @@ class Run:
     """Return the state after step `step`, counted from 1, and its metrics."""
     stage_of = self.program.stage
     if step > 1 and stage_of(step - 2) != stage_of(step - 1):
-      # What joins, a scale for example, raises the loss; that is no spike.
+      # A scale that joins raises the loss, a discriminator may; that is no
+      # spike.
       zero = jax.device_put(np.float32(0.0), self.replicated)
       state = state.replace(running_loss=zero)
     return self.program.step(state, batch, stage_of(step - 1))

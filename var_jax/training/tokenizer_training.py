@@ -203,7 +203,8 @@ class TokenizerTraining:
   def stage_of(self, step: int) -> int | None:
     """Return whether the discriminator plays yet, 0 or 1; None: there is none.
 
-    A program each: in a branch of one, CPUs take ten times as long for it.
+    A program each: in a branch of one, XLA for CPUs does not find the fast
+    forms of convolutions' gradients.
     """
     against = self._against
     return int(step >= against.cfg.start) if against else None

@@ -21,6 +21,14 @@ from var_jax.training import flops, programs, progressive, var_step
 from var_jax.training.state import TrainState
 
 
+def make_var(cfg: VARConfig, mesh, attention_name: str = "auto") -> VAR:
+  """Return the model with what suits the mesh in training."""
+  attend = attention.choose(attention_name, mesh, cfg.schedule, cfg.dtype)
+  if mesh_lib.is_one_cpu(mesh):
+    return VAR(cfg, attend, cpu.dot_general)
+  return VAR(cfg, attend)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class VARTraining:
   """Programs of a config, each compiled when it is first used.
@@ -56,12 +64,7 @@ class VARTraining:
 
   @functools.cached_property
   def var(self) -> VAR:
-    attend = attention.choose(
-      self.config.attention, self.mesh, self.cfg.schedule, self.cfg.dtype
-    )
-    if mesh_lib.is_one_cpu(self.mesh):
-      return VAR(self.cfg, attend, cpu.dot_general)
-    return VAR(self.cfg, attend)
+    return make_var(self.cfg, self.mesh, self.config.attention)
 
   @functools.cached_property
   def _optimizer(self):
