@@ -1,0 +1,191 @@
+"""Sets of images to measure: a folder, or an archive in ADM's layout.
+
+Both are read a batch at a time, whatever they hold. Images are uint8: what is
+measured is what would be written, rounded once.
+"""
+
+import hashlib
+import pathlib
+import zipfile
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_ARRAYS = ("arr_0", "images")  # ADM's name, and that of our own data
+
+
+class ImageSet(Protocol):
+  """Args:
+  lossy: named by a format that changes pixels, which shows in FID.
+  """
+
+  name: str
+  count: int
+  shape: tuple[int, int, int]
+  lossy: bool
+
+  def batches(self, size: int) -> Iterator[np.ndarray]:
+    """Yield uint8 [b, H, W, 3] in the set's order; the last may be short."""
+    ...
+
+  def checksum(self) -> str:
+    """Return a SHA-256 of the pixels' files."""
+    ...
+
+
+def open_set(path: str) -> ImageSet:
+  """Return the images of a folder or of an .npz.
+
+  Raises:
+    ValueError: there is none, or they are no uint8 RGB images of one size.
+  """
+  place = pathlib.Path(path).expanduser()
+  if place.is_dir():
+    return Folder(place)
+  if not place.exists():
+    raise ValueError(f"{place} does not exist; give a folder or an .npz.")
+  return Archive(place)
+
+
+class Folder:
+  """Image files under a folder, in the order of their names."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.files = sorted(
+      path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES
+    )
+    if not self.files:
+      raise ValueError(
+        f"{folder} has no images; give one with {', '.join(_SUFFIXES)} files."
+      )
+    self.name, self.count = str(folder), len(self.files)
+    self.lossy = any(
+      path.suffix.lower() not in (".png", ".bmp") for path in self.files
+    )
+    self.shape = _read(self.files[0]).shape
+
+  def batches(self, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, self.count, size):
+      pixels = []
+      for path in self.files[start : start + size]:
+        image_HW3 = _read(path)
+        if image_HW3.shape != self.shape:
+          raise ValueError(
+            f"{path} has shape {image_HW3.shape}, others {self.shape}; bring "
+            "all images to one size."
+          )
+        pixels.append(image_HW3)
+      yield np.stack(pixels)
+
+  def checksum(self) -> str:
+    digest = hashlib.sha256()
+    for path in self.files:
+      digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+class Archive:
+  """One array of an .npz, read from the zip as it is needed."""
+
+  lossy = False
+
+  def __init__(self, path: pathlib.Path):
+    self.path, self.name = path, str(path)
+    try:
+      with zipfile.ZipFile(path) as archive:
+        there = [name.removesuffix(".npy") for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError) as error:
+      raise ValueError(
+        f"{path} cannot be read ({error}); give a folder or an .npz."
+      ) from None
+    found = [name for name in _ARRAYS if name in there]
+    if not found:
+      raise ValueError(
+        f"{path} has arrays {', '.join(there) or 'none'}; images are to be in "
+        f"{' or '.join(_ARRAYS)}."
+      )
+    self._member = f"{found[0]}.npy"
+    with self._open() as (_, shape, dtype):
+      grey = len(shape) == 3
+      if dtype != np.uint8 or not (grey or (len(shape) == 4 and shape[3] == 3)):
+        raise ValueError(
+          f"{path}: {found[0]} is {dtype} {shape}; give uint8 [N, H, W, 3], "
+          "0 to 255, rounded."
+        )
+    if not shape[0]:
+      raise ValueError(f"{path}: {found[0]} has no images; give some.")
+    self.count, self.shape = shape[0], (*shape[1:3], 3)
+    self._one = shape[1:]
+
+  def batches(self, size: int) -> Iterator[np.ndarray]:
+    bytes_each = int(np.prod(self._one))
+    with self._open() as (file, _, _):
+      for start in range(0, self.count, size):
+        b = min(size, self.count - start)
+        data = file.read(b * bytes_each)
+        if len(data) < b * bytes_each:
+          raise ValueError(
+            f"{self.path} ends within image {start + len(data) // bytes_each} "
+            f"of {self.count}; restore it from a copy."
+          )
+        pixels = np.frombuffer(data, np.uint8).reshape(b, *self._one)
+        yield np.broadcast_to(
+          pixels.reshape(b, *self.shape[:2], -1), (b, *self.shape)
+        )
+
+  def checksum(self) -> str:
+    with self.path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+
+  def _open(self) -> "_Member":
+    return _Member(self.path, self._member)
+
+
+class _Member:
+  """An array's bytes within a zip: (file, shape, dtype), in C order."""
+
+  def __init__(self, path: pathlib.Path, member: str):
+    self._path, self._member = path, member
+
+  def __enter__(self):
+    self._archive = zipfile.ZipFile(self._path)
+    self._file = self._archive.open(self._member)
+    read = {
+      (1, 0): np.lib.format.read_array_header_1_0,
+      (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    try:
+      version = np.lib.format.read_magic(self._file)
+      shape, fortran, dtype = read[version](self._file)
+    except (ValueError, KeyError):
+      self.__exit__()
+      raise ValueError(
+        f"{self._path}: {self._member} is no array; restore it from a copy."
+      ) from None
+    if fortran:
+      self.__exit__()
+      raise ValueError(
+        f"{self._path}: {self._member} is in Fortran's order; write it with "
+        "np.ascontiguousarray."
+      )
+    return self._file, shape, dtype
+
+  def __exit__(self, *exception) -> None:
+    self._file.close()
+    self._archive.close()
+
+
+def _read(path: pathlib.Path) -> np.ndarray:
+  """Return uint8 [H, W, 3]."""
+  from PIL import Image
+
+  try:
+    with Image.open(path) as image:
+      return np.asarray(image.convert("RGB"))
+  except Exception as error:  # Pillow's errors share no base class
+    raise ValueError(
+      f"image {path} cannot be read ({type(error).__name__}); restore it or "
+      "take it away."
+    ) from None
