@@ -178,8 +178,7 @@ class Attention(nn.Module):
     out_BlNK = self.attend(q_BlNK, split(k_BTD), split(v_BTD), mask_ll)
     out_BlD = constrain(out_BlNK.reshape(B, l, D), _HEADS)
     proj = _dense(cfg, D, normal(cfg.residual_std), "proj", self.dot_general)
-    out_BlD = proj(out_BlD)
-    return out_BlD, (k_BlD, v_BlD)
+    return proj(out_BlD), (k_BlD, v_BlD)
 
 
 class QKV(nn.Module):
@@ -288,13 +287,7 @@ def normal(std: float):
   return nn.initializers.normal(std)
 
 
-def _dense(
-  cfg: VARConfig,
-  features: int,
-  kernel_init,
-  name: str,
-  dot_general: Callable = jax.lax.dot_general,
-):
+def _dense(cfg, features, kernel_init, name, dot_general=jax.lax.dot_general):
   """Return a projection that multiplies in cfg.dtype."""
   return nn.Dense(
     features,
