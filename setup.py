@@ -18,7 +18,7 @@ setuptools.setup(
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["var_jax", "var_jax.*"]),
   package_data={"var_jax": ["py.typed"]},
-  entry_points={"console_scripts": ["var-jax = var_jax.cli:main"]},
+  entry_points={"console_scripts": ["var-jax = var_jax.cli:run"]},
   install_requires=[
     "absl-py",
     "array-record",

@@ -51,6 +51,8 @@ def main():
   start = time.process_time()
   output = epath.Path(args.output)
   model = var_jax.load(args.checkpoint)
+  if model.config.transformer is None:
+    raise SystemExit(f"{args.checkpoint} has no transformer; give a VAR's.")
   shape = model.config.tokenizer.image_shape
   train, test = (read_images(path, shape) for path in (args.train, args.test))
   fit = {"network": fit_network, "svm": fit_svm}[args.judge]
@@ -122,6 +124,11 @@ class Network(nn.Module):
 def fit_network(pixels_BHW3: np.ndarray, labels_B: np.ndarray) -> Judge:
   """Return a classifier of such images by their grey values."""
   epochs, batch_size = NETWORK["epochs"], NETWORK["batch_size"]
+  if len(pixels_BHW3) < batch_size:
+    raise SystemExit(
+      f"{len(pixels_BHW3)} images are less than a batch of the network, "
+      f"{batch_size}; use more."
+    )
   network = Network(int(labels_B.max()) + 1)
   grey_BHW1 = _grey(pixels_BHW3)
   steps_an_epoch = len(grey_BHW1) // batch_size
@@ -268,9 +275,13 @@ def _grey(pixels_BHW3: np.ndarray) -> np.ndarray:
 
 
 def _write(path, rows, names) -> None:
-  enlarged = [[images.enlarge(image, 2) for image in row] for row in rows]
+  factor = max(1, 64 // rows[0][0].shape[0])
+  enlarged = [[images.enlarge(image, factor) for image in row] for row in rows]
   images.write_image(path, images.grid(enlarged, names))
 
 
 if __name__ == "__main__":
-  main()
+  try:
+    main()
+  except ValueError as error:
+    raise SystemExit(f"{error}") from None

@@ -19,6 +19,7 @@ from etils import epath
 import var_jax
 from configs import tokenizer as presets
 from var_jax import files, images
+from var_jax.data import sources
 from var_jax.training import loop, pictures
 
 COLUMNS = 12
@@ -60,8 +61,11 @@ def main():
     if name not in ROWS:
       raise SystemExit(f"row {name!r} is not one of {', '.join(ROWS)}.")
     files.check_new(output / name)
+  if args.steps < 0:
+    raise SystemExit(f"steps {args.steps} is negative; 0 takes the preset's.")
+  source = sources.open_source(f"npz:{args.data}", "train")
   output.mkdir(parents=True, exist_ok=True)
-  split(args.data, output)
+  split(source, output)
   held_out = np.load(output / "held_out.npz")["images"]
   settings = dict(_OFF)
   before = output / "ablation.json"
@@ -95,18 +99,19 @@ def main():
   print(table(record))
 
 
-def split(path: str, output: epath.Path) -> None:
+def split(source, output: epath.Path) -> None:
   """Write train.npz and held_out.npz, nine tenths and one."""
-  arrays = np.load(path)
-  n = len(arrays["images"])
+  images, labels, n = source.images, source.labels, len(source)
   order = np.random.default_rng(0).permutation(n)
   for name, rows in (
     ("held_out", order[: n // 10]),
     ("train", order[n // 10 :]),
   ):
-    content = {key: arrays[key][rows] for key in ("images", "labels")}
     np.savez(
-      output / f"{name}.npz", **content, class_names=arrays["class_names"]
+      output / f"{name}.npz",
+      images=images[rows],
+      labels=labels[rows],
+      class_names=source.class_names,
     )
 
 
@@ -169,4 +174,7 @@ def table(record: dict) -> str:
 
 
 if __name__ == "__main__":
-  main()
+  try:
+    main()
+  except ValueError as error:
+    raise SystemExit(f"{error}") from None

@@ -82,7 +82,7 @@ def _config(preset: str) -> ml_collections.ConfigDict:
   if preset == "d36-512":
     config.data.image_size = 512
   if preset in ("fashion32", "emoji64"):
-    config.steps = {"fashion32": 4000, "emoji64": 2000}[preset]
+    config.steps = {"fashion32": 4000, "emoji64": 3000}[preset]
     config.ema_decay = 0.999
     config.data.source = f"npz:/path/to/{preset}_train.npz"
     config.data.transform = "resize"

@@ -6,8 +6,10 @@ save. A user's mistake is one line on stderr.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from var_jax.commands import (
   benching,
@@ -21,8 +23,27 @@ from var_jax.commands import (
 from var_jax.commands.arguments import Parser, UsageError
 
 
+def run() -> NoReturn:
+  """Run a command as a process of its own."""
+  try:
+    code = _run(None)
+  except KeyboardInterrupt:
+    _fail("interrupted", 1)
+    # Threads of the compiler may be at work: Python's own end is a crash then.
+    sys.stdout.flush()
+    os._exit(1)
+  sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Run a command; return its exit code."""
+  try:
+    return _run(argv)
+  except KeyboardInterrupt:
+    return _fail("interrupted", 1)
+
+
+def _run(argv: Sequence[str] | None) -> int:
   try:
     args, rest = _parser().parse_known_args(argv)
     args.overrides = _overrides(args.command, rest)
@@ -33,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _fail(error, 1)
   except (MemoryError, OverflowError) as error:
     return _fail(f"too large for this machine ({error}); ask for less.", 1)
-  except KeyboardInterrupt:
-    return _fail("interrupted", 1)
 
 
 def _fail(error, code: int) -> int:
@@ -76,4 +95,4 @@ def _overrides(command: str, rest: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run()

@@ -187,9 +187,10 @@ def test_one_step_of_the_discriminator_is_that_of_numpy():
 @pytest.mark.parametrize(
   "fields, message",
   [
-    (dict(weight=-1.0), "weight -1.0 is negative"),
-    (dict(start=-1), "start -1 is negative"),
-    (dict(lecam=-0.1), "lecam -0.1 is negative"),
+    (dict(weight=-1.0), r"weight -1.0 is not in \[0, inf\)"),
+    (dict(start=-1), r"start -1 is not in \[0, inf\)"),
+    (dict(lecam=-0.1), r"lecam -0.1 is not in \[0, inf\)"),
+    (dict(weight=float("inf")), r"weight inf is not in \[0, inf\)"),
     (dict(lecam_decay=1.0), "lecam_decay 1.0 is not in"),
     (dict(layers=0), "layers 0 is below 1"),
     (dict(channels=48), "channels 48 do not split into 32 groups"),

@@ -116,7 +116,7 @@ def test_a_collapse_stops_the_run_with_the_name_of_the_scale(tmp_path):
   [
     ("report", 0.0, "nothing is done about it"),
     ("revive", 0.0, "the least used codes are moved to what it wants"),
-    ("lower", 0.0, "the learning rate is multiplied by 0.5"),
+    ("lower", 0.0, "the learning rate is now 0.5 of its schedule"),
     ("lower", 1.0, "its update was refused, and nothing is done"),
   ],
 )
@@ -212,7 +212,7 @@ def test_an_evaluation_writes_the_health_of_scales_and_a_page(tmp_path):
     ),
     (
       {"adversary.weight": float("nan")},
-      "config.adversary: weight nan is negative",
+      r"config.adversary: weight nan is not in \[0, inf\)",
     ),
     ({"loss.lpips_weight": 1.0}, "needs weights; convert the public files"),
     (
@@ -228,7 +228,9 @@ def test_an_evaluation_writes_the_health_of_scales_and_a_page(tmp_path):
       "config.collapse: policy 'pray' is not known",
     ),
     ({"loss.scale_dropout": 1.5}, "scale_dropout 1.5 is above 1"),
-    ({"loss.l1_weight": -1.0}, "l1_weight -1.0 is negative"),
+    ({"loss.l1_weight": -1.0}, r"l1_weight -1.0 is not in \[0, inf\)"),
+    ({"loss.l1_weight": float("inf")}, "l1_weight inf is not in"),
+    ({"loss.revive_below": 5.0}, "revive_below 5.0 is above 1; it is a share"),
   ],
 )
 def test_what_makes_no_sense_is_said_before_anything_is_written(

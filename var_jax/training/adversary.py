@@ -10,6 +10,7 @@ means of what it says of the other kind.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -50,9 +51,9 @@ class AdversaryConfig:
 
   def __post_init__(self):
     for name in ("weight", "start", "lecam"):
-      if not getattr(self, name) >= 0:
+      if not 0 <= getattr(self, name) < math.inf:
         raise ValueError(
-          f"{name} {getattr(self, name)} is negative; use 0 or more."
+          f"{name} {getattr(self, name)} is not in [0, inf); 0 turns it off."
         )
     if not 0.0 <= self.lecam_decay < 1.0:
       raise ValueError(

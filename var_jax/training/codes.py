@@ -6,6 +6,7 @@ the device from the state alone, so that a resumed run decides the same.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,10 @@ class CollapseConfig:
       raise ValueError(
         f"min_explained {self.min_explained} is not below 1; it is a share."
       )
-    if not self.min_perplexity >= 0:
+    if not 0 <= self.min_perplexity < math.inf:
       raise ValueError(
-        f"min_perplexity {self.min_perplexity} is negative; 0 asks for none."
+        f"min_perplexity {self.min_perplexity} is not in [0, inf); 0 asks for "
+        "none."
       )
 
 

@@ -176,12 +176,14 @@ class Observer:
       f"{values['perplexity'][s]:.1f})"
       for s in scales
     )
-    policy = self._run.config.collapse.policy
+    config = self._run.config.collapse
+    policy = config.policy
     if policy == "stop":
       raise ValueError(
-        f"step {step}: the codes collapse at {named}; lower the learning rate, "
-        "or set loss.revive_every, or collapse.policy to revive or lower (with "
-        "--allow-config-change)."
+        f"step {step}: the codes collapse at {named}; at least "
+        f"{config.min_explained:.2%} and {config.min_perplexity:g} are asked "
+        "for: ask for less, lower the learning rate, or set collapse.policy to "
+        "revive or lower (with --allow-config-change)."
       )
     if values["skipped"]:
       self.report.message(
@@ -192,7 +194,7 @@ class Observer:
     done = {
       "report": "nothing is done about it",
       "revive": "the least used codes are moved to what it wants",
-      "lower": f"the learning rate is multiplied by {values['rate']:g}",
+      "lower": f"the learning rate is now {values['rate']:g} of its schedule",
     }
     self.report.message(
       f"step {step}: the codes collapse at {named}; {done[policy]}"

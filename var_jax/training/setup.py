@@ -158,6 +158,12 @@ def _held_out(config, source) -> sources.Source | None:
   spec = config.data.eval_source
   # A file has one split: what is named for evaluation is that.
   one_split = spec.startswith("npz:")
+  if not spec and config.data.source.startswith("npz:"):
+    raise ValueError(
+      f"eval_every {config.eval_every} needs held-out images and "
+      f"{config.data.source} has one split; set data.eval_source, or "
+      "eval_every=0."
+    )
   held_out = sources.open_source(
     spec or config.data.source, "train" if one_split else "val"
   )

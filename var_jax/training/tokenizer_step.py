@@ -9,6 +9,7 @@ and the discriminator is trained beside it on the same images.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,15 +64,16 @@ class TokenizerLossConfig:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      if not getattr(self, field.name) >= 0:
+      value = getattr(self, field.name)
+      if not 0 <= value < math.inf:
         raise ValueError(
-          f"{field.name} {getattr(self, field.name)} is negative; 0 turns it "
-          "off."
+          f"{field.name} {value} is not in [0, inf); 0 turns it off."
         )
-    if self.scale_dropout > 1.0:
-      raise ValueError(
-        f"scale_dropout {self.scale_dropout} is above 1; it is a share."
-      )
+    for name in ("scale_dropout", "revive_below"):
+      if getattr(self, name) > 1.0:
+        raise ValueError(
+          f"{name} {getattr(self, name)} is above 1; it is a share."
+        )
 
 
 def init_params(tokenizer: Tokenizer, key: jax.Array):
@@ -181,7 +183,7 @@ def make_step(
       "collapsed": _per_scale(collapsed_S.astype(jnp.float32)),
       "rate": after.rate,
       **health,
-      **optim.rates(schedules, state.step),
+      **_rates(schedules, state),
     }
 
   return step
@@ -225,6 +227,14 @@ def _tend(
       rate=jnp.where(found, codes.lowered(state.rate), state.rate)
     )
   return state, collapsed_S
+
+
+def _rates(schedules, state: TrainState) -> dict[str, jax.Array]:
+  """Return the rates in effect."""
+  rates = optim.rates(schedules, state.step)
+  if "learning_rate" in rates:
+    rates["learning_rate"] *= state.rate
+  return rates
 
 
 def _kept_scales(part, rate: float, count: int, seed: int) -> jax.Array | None:
