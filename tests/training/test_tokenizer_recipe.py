@@ -301,7 +301,7 @@ def test_a_plan_has_the_discriminator_and_the_weights_of_lpips():
     "lpips_path": "/nowhere",
   }
   for name, settings in (("plain", {}), ("all", more)):
-    training = TokenizerTraining.of(config_of(**settings), mesh)
+    training = TokenizerTraining.of(config_of(steps=4, **settings), mesh)
     lowered = compiling.train_step(training)
     _, metrics = lowered.out_info
     # Of the last step, where the discriminator plays.
