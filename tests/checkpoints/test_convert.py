@@ -607,7 +607,7 @@ def write(*_):  # as long as it takes
   print("writing", flush=True)
   time.sleep(60)
 checksums.write = write
-sys.exit(cli.main(sys.argv[1:]))
+cli.run()
 """
   process = subprocess.Popen(
     [sys.executable, "-c", code, "convert", *map(str, flags)],
