@@ -101,7 +101,7 @@ def main():
 
 def split(source, output: epath.Path) -> None:
   """Write train.npz and held_out.npz, nine tenths and one."""
-  images, labels, n = source.images, source.labels, len(source)
+  n = len(source)
   order = np.random.default_rng(0).permutation(n)
   for name, rows in (
     ("held_out", order[: n // 10]),
@@ -109,8 +109,8 @@ def split(source, output: epath.Path) -> None:
   ):
     np.savez(
       output / f"{name}.npz",
-      images=images[rows],
-      labels=labels[rows],
+      images=source.images[rows],
+      labels=source.labels[rows],
       class_names=source.class_names,
     )
 
