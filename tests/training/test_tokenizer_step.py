@@ -104,4 +104,8 @@ def test_what_a_step_reports():
     "residual_energy", "skipped", "update_norm", "weight_decay",
   ]  # fmt: skip
   assert (metrics["learning_rate"], metrics["weight_decay"]) == (0.5, 0.25)
+  # The rate in effect: a collapse may have lowered it.
+  lowered = fresh().replace(rate=jnp.float32(0.25))
+  _, metrics = step_of()(lowered, {}, batch())
+  assert (metrics["learning_rate"], metrics["weight_decay"]) == (0.125, 0.25)
   assert all(np.shape(x) == () for x in jax.tree.leaves(metrics))
