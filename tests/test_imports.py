@@ -23,6 +23,7 @@ ALLOWED = {
     "generation",  # pictures of a run
     "checkpoints",
     "data",
+    "evaluation",  # rFID of a tokenizer's evaluations
     "ledger",
     "parallel",
     "files",

@@ -8,26 +8,34 @@ import numpy as np
 import pytest
 import tiny_models
 
+from var_jax import images
+from var_jax.evaluation import inception
 from var_jax.models import quantizer
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from var_jax.training import tokenizer_eval, tokenizer_step
+from var_jax.training import evaluation, tokenizer_eval, tokenizer_step
 
 CFG = tiny_models.tokenizer_config((1, 3, 6))
 TOKENIZER = Tokenizer(CFG)
 REAL = 5
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def batch():
+  """Return eight rows, five of them real."""
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (8, *CFG.image_shape, 3), np.uint8)
+  return {"image": pixels, "real": np.arange(8) < REAL}
 
 
 @functools.cache
 def evaluated():
-  """Return (variables, images, sums) of eight rows, five of them real."""
+  """Return (variables, the real images, sums)."""
   variables = tokenizer_step.init_params(
     TOKENIZER, jax.random.key(0, impl="rbg")
   )
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (8, *CFG.image_shape, 3), np.uint8)
-  batch = {"image": images, "real": np.arange(8) < REAL}
-  sums = jax.jit(tokenizer_eval.make_eval_step(TOKENIZER))(variables, {}, batch)
-  image_BHW3 = np.float32(images[:REAL] / 127.5 - 1.0)
+  eval_step = jax.jit(tokenizer_eval.make_eval_step(TOKENIZER))
+  sums = eval_step(variables, {}, batch())
+  image_BHW3 = images.to_float(batch()["image"][:REAL])
   return variables, image_BHW3, jax.device_get(sums)
 
 
@@ -35,7 +43,7 @@ def summary():
   _, _, sums = evaluated()
   sums = dict(sums)
   count = sums.pop("count")
-  return tokenizer_eval.summary({k: v / count for k, v in sums.items()})
+  return tokenizer_eval.summary({k: v / count for k, v in sums.items()}, {})
 
 
 def test_measures_are_summed_over_real_images():
@@ -121,3 +129,45 @@ def test_lpips_is_measured_where_there_are_weights():
     variables, {"lpips": weights}, {"image": image, "real": jnp.ones(2, bool)},
   )  # fmt: skip
   assert sums["lpips"].shape == ()
+
+
+def test_rfid_is_of_the_features_of_pixels_before_and_after():
+  variables, image_BHW3, sums = evaluated()
+  assert "features" not in sums
+  keys = iter(jax.random.split(jax.random.key(2), 400))
+  weights = {
+    name: jax.random.normal(next(keys), shape) * np.prod(shape[:-1]) ** -0.5
+    if name.endswith("kernel")
+    else jnp.ones(shape) * name.endswith("scale")
+    for name, shape in inception.shapes().items()
+  }
+  found = jax.jit(
+    tokenizer_eval.make_eval_step(TOKENIZER, with_rfid=True),
+    compiler_options=QUICK,
+  )(variables, {"inception": weights}, batch())
+  again_BHW3, _ = jax.jit(TOKENIZER.apply)(variables, image_BHW3)
+  network = jax.jit(inception.features, compiler_options=QUICK)
+  real_BD, again_BD = (
+    np.asarray(network(weights, pixels).pooled_BD)
+    for pixels in (batch()["image"][:REAL], images.to_uint8(again_BHW3))
+  )
+  for name, expected in (("real", real_BD), ("again", again_BD)):
+    here = np.asarray(found["features"][name])[:REAL]
+    atol = 1e-4 * np.abs(expected).max()
+    np.testing.assert_allclose(here, expected, atol=atol)
+  moments = {}
+  for rows in (slice(0, 3), slice(3, 8)):
+    part = {name: x[rows] for name, x in found["features"].items()}
+    evaluation._add(moments, part, found["real"][rows])
+  sums = {k: v for k, v in sums.items() if k != "count"}
+  means = {k: v / REAL for k, v in sums.items()}
+  # Of C = A'A and D = B'B, tr (C D)^(1/2) is the nuclear norm of A B'.
+  real_ND, again_ND = (
+    (x - x.mean(axis=0)) / (REAL - 1) ** 0.5 for x in (real_BD, again_BD)
+  )
+  apart = np.square(real_BD.mean(axis=0) - again_BD.mean(axis=0)).sum()
+  traces = np.square(real_ND).sum() + np.square(again_ND).sum()
+  expected = apart + traces - 2 * np.linalg.norm(real_ND @ again_ND.T, "nuc")
+  rfid = tokenizer_eval.summary(means, moments)["rfid"]
+  assert rfid == pytest.approx(expected, rel=1e-3)
+  assert "rfid" not in tokenizer_eval.summary(means, {})

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from etils import epath
 
+import var_jax
 from configs import tokenizer as presets
-from var_jax.checkpoints import store, weights
+from var_jax import images
+from var_jax.checkpoints import network_weights, store, weights
+from var_jax.evaluation import inception
+from var_jax.evaluation.statistics import Moments, frechet_distance
 from var_jax.models.scales import ScaleSchedule
 from var_jax.training import loop, observer, setup, tokenizer_step
 
@@ -193,6 +197,36 @@ def test_an_evaluation_writes_the_health_of_scales_and_a_page(tmp_path):
   assert page.count("<svg") == 10 and page.count("<img") == 1
 
 
+def test_an_evaluation_has_rfid_where_there_is_a_network(tmp_path, monkeypatch):
+  """A stand-in whose features are mean colours; Inception has its own tests."""
+
+  def features(weights, pixels_BHW3):
+    colour_B3 = weights["gain"] * pixels_BHW3.mean(axis=(1, 2))
+    return inception.Features(colour_B3, None, None)
+
+  monkeypatch.setattr(inception, "features", features)
+  monkeypatch.setattr(inception, "shapes", lambda: {"gain": (3,)})
+  gain = {"gain": np.float32([1.0, 2.0, 3.0])}
+  network_weights.write(tmp_path / "network", "inception", gain)
+  # The second batch is half filled up.
+  config = config_of(
+    eval_every=2, eval_samples=6, inception_path=str(tmp_path / "network")
+  )
+  loop.train(config, tmp_path / "run")
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  run = setup.open_run(config, tmp_path / "run")
+  held_out = [run.held_out[i]["image"] for i in range(6)]
+  pixels_BHW3 = np.stack([run.plain(image, None) for image in held_out])
+  model = var_jax.load(tmp_path / "run")
+  again_BHW3 = model.decode(model.encode(images.to_float(pixels_BHW3)))
+  real, again = (
+    Moments.of(features(gain, np.float32(x)).pooled_BD).gaussian()
+    for x in (pixels_BHW3, images.to_uint8(again_BHW3))
+  )
+  expected = frechet_distance(real, again)
+  assert json.loads(lines[-1])["eval/rfid"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(
   "settings, message",
   [
@@ -213,6 +247,11 @@ def test_an_evaluation_writes_the_health_of_scales_and_a_page(tmp_path):
     (
       {"adversary.weight": float("nan")},
       r"config.adversary: weight nan is not in \[0, inf\)",
+    ),
+    ({"inception_path": "/a"}, "inception_path is for the rFID of evaluations"),
+    (
+      {"inception_path": "/nowhere", "eval_every": 1},
+      "/nowhere has no inception.safetensors",
     ),
     ({"loss.lpips_weight": 1.0}, "needs weights; convert the public files"),
     (

@@ -11,11 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
-from var_jax import files
-from var_jax.checkpoints import checksums, tensor_files
+from var_jax.checkpoints import network_weights, tensor_files
 from var_jax.models import perceptual
 
-_NAME = "lpips.safetensors"
 # Places of the convolutions among VGG16's layers.
 _CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
@@ -33,9 +31,7 @@ def convert(lpips: str, output: epath.PathLike, vgg: str | None = None) -> None:
     tensors |= tensor_files.read_tensors(vgg)
   where = lpips if vgg is None else f"{lpips} and {vgg}"
   weights = from_torch(tensors, where)
-  with files.new_folder(output) as folder:
-    tensor_files.write_safetensors(folder / _NAME, weights)
-    checksums.write(folder)
+  network_weights.write(output, "lpips", weights)
 
 
 def read(folder: epath.PathLike) -> dict[str, np.ndarray]:
@@ -44,20 +40,7 @@ def read(folder: epath.PathLike) -> dict[str, np.ndarray]:
   Raises:
     ValueError: `convert` did not write this folder, or it is damaged.
   """
-  folder = files.absolute(folder)
-  if not (folder / _NAME).exists():
-    raise ValueError(
-      f"{folder} has no {_NAME}; give lpips_path a folder that `var-jax "
-      "convert --lpips` wrote."
-    )
-  checksums.verify(folder)
-  found = dict(tensor_files.read_tensors(folder / _NAME))
-  for name, shape in perceptual.shapes().items():
-    if name not in found or found[name].shape != shape:
-      raise ValueError(
-        f"{folder / _NAME} has no {name} of shape {shape}; convert it again."
-      )
-  return found
+  return network_weights.read(folder, "lpips", perceptual.shapes())
 
 
 def from_torch(tensors: Mapping, where: str) -> dict[str, np.ndarray]:

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
-from var_jax import files
-from var_jax.checkpoints import checksums, tensor_files
+from var_jax.checkpoints import network_weights, tensor_files
 from var_jax.evaluation import inception
 
-_NAME = "inception.safetensors"
 _EPSILON = 1e-3  # of batch normalisation, as in the graph
 
 
@@ -25,9 +23,7 @@ def convert(path: str, output: epath.PathLike) -> None:
     ValueError: the file is missing or damaged, or lacks a weight.
   """
   weights = from_torch(dict(tensor_files.read_tensors(path)), path)
-  with files.new_folder(output) as folder:
-    tensor_files.write_safetensors(folder / _NAME, weights)
-    checksums.write(folder)
+  network_weights.write(output, "inception", weights)
 
 
 def read(folder: epath.PathLike) -> dict[str, np.ndarray]:
@@ -36,20 +32,7 @@ def read(folder: epath.PathLike) -> dict[str, np.ndarray]:
   Raises:
     ValueError: `convert` did not write this folder, or it is damaged.
   """
-  folder = files.absolute(folder)
-  if not (folder / _NAME).exists():
-    raise ValueError(
-      f"{folder} has no {_NAME}; give a folder that `var-jax convert "
-      "--inception` wrote."
-    )
-  checksums.verify(folder)
-  found = dict(tensor_files.read_tensors(folder / _NAME))
-  for name, shape in inception.shapes().items():
-    if name not in found or found[name].shape != shape:
-      raise ValueError(
-        f"{folder / _NAME} has no {name} of shape {shape}; convert it again."
-      )
-  return found
+  return network_weights.read(folder, "inception", inception.shapes())
 
 
 def from_torch(

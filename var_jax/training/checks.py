@@ -20,6 +20,7 @@ FREE_KEYS = (
   "checkpoint_every", "keep_checkpoints", "keep_best", "keep_every",
   "data.eval_source", "data.workers", "data.image_size",
   "mesh.slices", "mesh.data", "mesh.fsdp", "mesh.model", "attention",
+  "inception_path",
 )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def run_config(kind: str) -> ml_collections.ConfigDict:
   if kind == "tokenizer":
     config.train_only = "all"  # or decoder, quantizer: to fine-tune a part
     config.lpips_path = ""  # what `var-jax convert --lpips` wrote
+    config.inception_path = ""  # and --inception: evaluations measure rFID
     config.collapse = section(CollapseConfig)
     config.adversary = section(AdversaryConfig)
     config.adversary_optimizer = section(

@@ -6,6 +6,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from var_jax.data import pipeline
+from var_jax.evaluation.statistics import Moments
 from var_jax.parallel import mesh as mesh_lib
 from var_jax.training import programs
 
@@ -28,7 +29,7 @@ def evaluate(
   """
   config, mesh = run.config, run.mesh
   params = programs.averaged(state)
-  totals, count = {}, 0.0
+  totals, count, moments = {}, 0.0, {}
   batches = pipeline.evaluation_batches(
     run.held_out,
     run.plain,
@@ -41,7 +42,8 @@ def evaluate(
     if stopped():
       return None
     wanted = {name: batch[name] for name in ("image", "label", "real")}
-    sums = run.program.evaluate(params, mesh_lib.to_devices(mesh, wanted))
+    sums = dict(run.program.evaluate(params, mesh_lib.to_devices(mesh, wanted)))
+    _add(moments, sums.pop("features", {}), sums.pop("real", None))
     flat = flatten_dict(sums, sep="/")
     count += float(flat.pop("count"))
     for name, value in flat.items():
@@ -52,4 +54,13 @@ def evaluate(
       "data.eval_source, or set eval_every=0."
     )
   means = {name: total / count for name, total in totals.items()}
-  return run.program.summary(unflatten_dict(means, sep="/"))
+  return run.program.summary(unflatten_dict(means, sep="/"), moments)
+
+
+def _add(moments: dict[str, Moments], features, real_B) -> None:
+  """Merge the features of the real rows of a batch into the moments."""
+  for name, features_BD in features.items():
+    features_nD = np.asarray(features_BD)[np.asarray(real_B)]
+    if len(features_nD):
+      new = Moments.of(features_nD)
+      moments[name] = moments[name].merged(new) if name in moments else new

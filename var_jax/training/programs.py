@@ -40,8 +40,8 @@ class Program(NamedTuple):
   like: TrainState  # its shapes and shardings
   step: Callable[..., tuple[TrainState, Mapping]]  # (state, batch, stage)
   stage: Callable[[int], int | None]  # of a step; None: there is one only
-  evaluate: Callable[[Any, Mapping], Mapping]  # sums over a batch
-  summary: Callable[[Mapping], Mapping]  # numbers, of means over all samples
+  evaluate: Callable[[Any, Mapping], Mapping]  # sums over a batch, features
+  summary: Callable[..., Mapping]  # numbers, of means and moments of features
   pictures: Callable[..., Mapping[str, np.ndarray]]  # (run, state)
   prepare: Callable[[], None]  # writes what a new workdir needs
   tokenizer_checksum: Callable[[], str]

@@ -62,6 +62,11 @@ def to_float_images(image_BHW3: jax.Array) -> jax.Array:
   return image_BHW3.astype(jnp.float32) / 127.5 - 1.0
 
 
+def to_pixels(image_BHW3: jax.Array) -> jax.Array:
+  """Return uint8 from [-1, 1]: clipped, then rounded."""
+  return jnp.round(jnp.clip((image_BHW3 + 1.0) * 127.5, 0, 255)).astype("uint8")
+
+
 def sample_keys(seed: int, use: int, position_B: jax.Array) -> jax.Array:
   """Return one key a sample, a function of (seed, use, position) alone."""
   key = jax.random.fold_in(jax.random.key(seed), use)

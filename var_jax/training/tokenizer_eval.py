@@ -8,21 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from var_jax.evaluation import inception
+from var_jax.evaluation.statistics import Moments, frechet_distance
 from var_jax.models import perceptual, quantizer
 from var_jax.models.layers import mean_square
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.training import codes, losses
-from var_jax.training.state import to_float_images
+from var_jax.training.state import to_float_images, to_pixels
 
 _WINDOW = 11  # pixels, of SSIM
 
 
-def make_eval_step(tokenizer: Tokenizer, *, with_lpips: bool = False):
+def make_eval_step(
+  tokenizer: Tokenizer, *, with_lpips: bool = False, with_rfid: bool = False
+):
   """Return eval_step(params, frozen, batch) -> sums over samples.
 
   A batch has "image" uint8 [B, H, W, 3] and "real" [B]: False for what only
   fills the batch. The sums are of l2, quantizer_loss, psnr (each image's, in
   dB), ssim, lpips where it is asked for, "count", and what `summary` wants.
+  For rFID there are also "features" of the samples, {"real", "again"}
+  [B, 2048], and the batch's "real".
   """
   cfg = tokenizer.cfg
 
@@ -50,24 +56,35 @@ def make_eval_step(tokenizer: Tokenizer, *, with_lpips: bool = False):
       (found["lpips"],) = perceptual.distance(
         frozen["lpips"], again_1HW3, image_1HW3
       )
-    return found
+    return found, again_1HW3[0]
 
   def eval_step(variables, frozen, batch):
     image_BHW3 = to_float_images(batch["image"])
-    of_samples = jax.vmap(measure, in_axes=(None, None, 0))(
+    of_samples, again_BHW3 = jax.vmap(measure, in_axes=(None, None, 0))(
       variables, frozen, image_BHW3
     )
-    return losses.sum_of_real(of_samples, batch["real"])
+    sums = losses.sum_of_real(of_samples, batch["real"])
+    if not with_rfid:
+      return sums
+    pixels = {"real": batch["image"], "again": to_pixels(again_BHW3)}
+    features = {
+      name: inception.features(frozen["inception"], pixels_BHW3).pooled_BD
+      for name, pixels_BHW3 in pixels.items()
+    }
+    return sums | {"features": features, "real": batch["real"]}
 
   return eval_step
 
 
-def summary(means: Mapping[str, Any]) -> dict[str, Any]:
+def summary(
+  means: Mapping[str, Any], moments: Mapping[str, Moments]
+) -> dict[str, Any]:
   """Return what means over samples say, a number a measure or a scale.
 
   Of each scale: codes used, perplexity, the share of the residual energy that
   reaches it which it explains, mean square distance of residuals to their
-  codes. code_share is of codes used by any scale.
+  codes. code_share is of codes used by any scale. rfid is there where moments
+  of features are.
   """
   values = dict(means)
   hits_SV = np.asarray(values.pop("hits_SV"))
@@ -82,6 +99,9 @@ def summary(means: Mapping[str, Any]) -> dict[str, Any]:
     "residual_energy": residual_S,
     "commitment": np.asarray(values.pop("commitment_S")),
   }
+  if moments:
+    real, again = (moments[name].gaussian() for name in ("real", "again"))
+    values["rfid"] = frechet_distance(real, again)
   values["code_share"] = np.mean(hits_SV.sum(axis=0) > 0)
   return values | {
     name: {str(s): float(value) for s, value in enumerate(value_S)}

@@ -8,6 +8,7 @@ from etils import epath
 
 from var_jax.checkpoints import lpips, weights
 from var_jax.data import pipeline
+from var_jax.evaluation import inception_weights
 from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.parallel import mesh as mesh_lib
 from var_jax.training import pictures, programs, tokenizer_eval, warm_start
@@ -21,10 +22,15 @@ _TOKENS_A_CODE = 10
 def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
   """Return the program of a config."""
   training = TokenizerTraining.of(config, mesh)
-  frozen = {}
-  if config.lpips_path:
-    where = mesh_lib.replicated(mesh)
-    frozen["lpips"] = jax.device_put(lpips.read(config.lpips_path), where)
+  networks = {
+    "lpips": (config.lpips_path, lpips.read),
+    "inception": (config.inception_path, inception_weights.read),
+  }
+  frozen = {
+    name: jax.device_put(read(path), mesh_lib.replicated(mesh))
+    for name, (path, read) in networks.items()
+    if path
+  }
 
   def start() -> TrainState:
     for remark in remarks(training.cfg, source):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from var_jax.evaluation import inception
 from var_jax.models import perceptual
 from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from var_jax.parallel import mesh as mesh_lib
@@ -81,6 +82,11 @@ class TokenizerTraining:
       raise ValueError(
         f"images of {side} pixels are too small for LPIPS, which needs "
         f"{perceptual.MIN_SIDE}; leave lpips_path empty."
+      )
+    if config.inception_path and not config.eval_every:
+      raise ValueError(
+        "inception_path is for the rFID of evaluations, and there are none; "
+        "set eval_every, or leave inception_path empty."
       )
     if against and side < 2**against.cfg.layers:
       raise ValueError(
@@ -181,22 +187,28 @@ class TokenizerTraining:
 
   @property
   def frozen_like(self) -> dict[str, Any]:
-    """The shapes of what is not trained: LPIPS, where it has a path."""
-    if not self.config.lpips_path:
-      return {}
+    """The shapes of what is not trained: networks that have a path."""
     where = mesh_lib.replicated(self.mesh)
+    networks = {
+      "lpips": (self.config.lpips_path, perceptual.shapes),
+      "inception": (self.config.inception_path, inception.shapes),
+    }
     return {
-      "lpips": {
+      network: {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-        for name, shape in perceptual.shapes().items()
+        for name, shape in shapes().items()
       }
+      for network, (path, shapes) in networks.items()
+      if path
     }
 
   @functools.cached_property
   def evaluate(self) -> rules.Jit:
     """The program (parameters, frozen, batch) of sums."""
     sums = tokenizer_eval.make_eval_step(
-      self.tokenizer, with_lpips=bool(self.config.lpips_path)
+      self.tokenizer,
+      with_lpips=bool(self.config.lpips_path),
+      with_rfid=bool(self.config.inception_path),
     )
     return programs.compiled_sums(sums, self.mesh, self.like)
 

@@ -74,7 +74,7 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     step=lambda state, batch, stage: training.step(stage)(state, frozen, batch),
     stage=training.stage_of,
     evaluate=lambda params, batch: training.evaluate(params, frozen, batch),
-    summary=dict,
+    summary=lambda means, moments: means,
     pictures=draw,
     prepare=prepare,
     tokenizer_checksum=lambda: caching.tokenizer_checksum(
