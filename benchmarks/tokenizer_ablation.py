@@ -10,6 +10,7 @@ each row makes of all scales and of the first three.
 """
 
 import argparse
+import hashlib
 import json
 import time
 
@@ -64,12 +65,24 @@ def main():
   if args.steps < 0:
     raise SystemExit(f"steps {args.steps} is negative; 0 takes the preset's.")
   source = sources.open_source(f"npz:{args.data}", "train")
+  settings = dict(_OFF)
+  steps = args.steps or presets.get_config("emoji64").steps
+  same = {
+    "steps": steps,
+    "data": hashlib.sha256(source.images.tobytes()).hexdigest(),
+  }
+  before = output / "ablation.json"
+  record = json.loads(before.read_text()) if before.exists() else {}
+  for name, row in record.items():
+    for key, value in same.items():
+      if row[key] != value:
+        raise SystemExit(
+          f"row {name} of {output} has {key} {row[key]}, not {value}; use "
+          "another folder."
+        )
   output.mkdir(parents=True, exist_ok=True)
   split(source, output)
   held_out = np.load(output / "held_out.npz")["images"]
-  settings = dict(_OFF)
-  before = output / "ablation.json"
-  record = json.loads(before.read_text()) if before.exists() else {}
   for name, more in ROWS.items():
     settings |= more
     if name not in asked:
@@ -78,22 +91,18 @@ def main():
     config.update_from_flattened_dict(settings)
     config.data.source = f"npz:{output / 'train.npz'}"
     config.data.eval_source = f"npz:{output / 'held_out.npz'}"
-    config.steps = args.steps or config.steps
-    config.checkpoint_every = config.steps
-    config.eval_every = config.steps
+    config.steps = config.checkpoint_every = config.eval_every = steps
     begin = time.monotonic()
     loop.train(config, output / name)
     record[name] = {
       "minutes": round((time.monotonic() - begin) / 60, 1),
-      "steps": config.steps,
+      **same,
       "settings": dict(settings),
       **last_evaluation(output / name),
     }
     record = {row: record[row] for row in ROWS if row in record}
     files.write_json(output / "ablation.json", record)
     print(json.dumps(record[name], indent=2), flush=True)
-  if len({row["steps"] for row in record.values()}) > 1:
-    raise SystemExit(f"rows of {output} differ in steps; use another folder.")
   compare(output, record, held_out)
   files.write_json(output / "ablation.json", record)
   print(table(record))
