@@ -30,7 +30,16 @@ ALLOWED = {
     "appended",
     "images",
   },
-  "evaluation": {"models", "checkpoints", "files"},
+  "evaluation": {
+    "models",
+    "generation",  # the keys of images
+    "checkpoints",
+    "data",
+    "ledger",  # where numbers come from
+    "parallel",
+    "files",
+    "images",
+  },
   "files": set(),
   "appended": {"files"},
   "images": {"files"},

@@ -17,6 +17,7 @@ from var_jax.commands import (
   conversion,
   doctoring,
   drawing,
+  evaluating,
   planning,
   training,
 )
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     doctoring,
     planning,
     benching,
+    evaluating,
   ):
     module.add(commands)
   return parser

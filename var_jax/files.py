@@ -164,6 +164,15 @@ def check_new(path: epath.PathLike) -> None:
     raise ValueError(f"{str(path)!r} exists already; give a new folder.")
 
 
+def check_new_file(path: epath.PathLike) -> None:
+  """Raise ValueError if the name is taken, or its folder is missing."""
+  path = absolute(path)
+  if path.exists() or os.path.lexists(path):
+    raise ValueError(f"{str(path)!r} exists already; give a new name.")
+  if not path.parent.is_dir():
+    raise ValueError(f"{str(path.parent)!r} is no folder; make it first.")
+
+
 @contextlib.contextmanager
 def removed_on_signals() -> Iterator[None]:
   """End the process on Ctrl-C and the like, without what is unfinished.

@@ -207,7 +207,7 @@ def test_an_evaluation_has_rfid_where_there_is_a_network(tmp_path, monkeypatch):
   monkeypatch.setattr(inception, "features", features)
   monkeypatch.setattr(inception, "shapes", lambda: {"gain": (3,)})
   gain = {"gain": np.float32([1.0, 2.0, 3.0])}
-  network_weights.write(tmp_path / "network", "inception", gain)
+  network_weights.write(tmp_path / "network", "inception", gain, {})
   # The second batch is half filled up.
   config = config_of(
     eval_every=2, eval_samples=6, inception_path=str(tmp_path / "network")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
+from var_jax import files
 from var_jax.checkpoints import network_weights, tensor_files
 from var_jax.models import perceptual
 
@@ -31,7 +32,9 @@ def convert(lpips: str, output: epath.PathLike, vgg: str | None = None) -> None:
     tensors |= tensor_files.read_tensors(vgg)
   where = lpips if vgg is None else f"{lpips} and {vgg}"
   weights = from_torch(tensors, where)
-  network_weights.write(output, "lpips", weights)
+  names = [lpips] if vgg is None else [lpips, vgg]
+  about = {"from": {epath.Path(x).name: files.sha256(x) for x in names}}
+  network_weights.write(output, "lpips", weights, about)
 
 
 def read(folder: epath.PathLike) -> dict[str, np.ndarray]:

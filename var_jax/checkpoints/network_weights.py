@@ -1,6 +1,7 @@
-"""Folders with the weights of a public network, that measures or losses use."""
+"""Folders with the weights of a network that losses or measures use."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -10,13 +11,27 @@ from var_jax.checkpoints import checksums, tensor_files
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_MAKERS = {
+  "lpips": "`var-jax convert --lpips` wrote (docs/tokenizer.md)",
+  "inception": "`var-jax convert --inception` wrote (docs/evaluation.md)",
+  "classifier": "`var-jax evaluate --fit-classifier` wrote",
+}
+
 
 def write(
-  output: epath.PathLike, network: str, weights: Mapping[str, np.ndarray]
+  output: epath.PathLike,
+  network: str,
+  weights: Mapping[str, np.ndarray],
+  about: Mapping[str, Any],
 ) -> None:
-  """Write NETWORK.safetensors with its checksum to a new folder."""
+  """Write NETWORK.safetensors, NETWORK.json and checksums to a new folder.
+
+  Args:
+    about: where the weights are from, as JSON.
+  """
   with files.new_folder(output) as folder:
     tensor_files.write_safetensors(folder / _name(network), weights)
+    files.write_json(folder / f"{network}.json", about)
     checksums.write(folder)
 
 
@@ -28,19 +43,35 @@ def read(
   Raises:
     ValueError: it did not write this folder, or the folder is damaged.
   """
-  folder = files.absolute(folder)
-  path = folder / _name(network)
-  if not path.exists():
-    raise ValueError(
-      f"{folder} has no {path.name}; give a folder that `var-jax convert "
-      f"--{network}` wrote."
-    )
-  checksums.verify(folder)
+  path = check(folder, network)
+  checksums.verify(path.parent)
   found = dict(tensor_files.read_tensors(path))
   for name, shape in shapes.items():
     if name not in found or found[name].shape != shape:
       raise ValueError(f"{path} has no {name} of shape {shape}; convert again.")
   return found
+
+
+def check(folder: epath.PathLike, network: str) -> epath.Path:
+  """Return the weights' file.
+
+  Raises:
+    ValueError: there is none.
+  """
+  path = files.absolute(folder) / _name(network)
+  if not path.exists():
+    raise ValueError(
+      f"{path.parent} has no {path.name}; give a folder that "
+      f"{_MAKERS[network]}."
+    )
+  return path
+
+
+def about(folder: epath.PathLike, network: str) -> dict[str, Any]:
+  """Return what `write` was told, and the SHA-256 of the weights' file."""
+  path = files.absolute(folder) / _name(network)
+  told = files.read_json(path.with_suffix(".json"))
+  return {**told, "sha256": files.sha256(path)}
 
 
 def _name(network: str) -> str:

@@ -5,6 +5,7 @@ from NumPy arrays: neither makes a second copy of a large model on the host.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -161,6 +162,25 @@ def newest(folder: epath.PathLike) -> epath.Path:
 def verify(step: epath.Path) -> None:
   """Raise ValueError unless a step is what was written."""
   checksums.verify(step, architecture_digest(step.parent.parent))
+
+
+def identity(path: epath.PathLike, weights: str) -> dict[str, Any]:
+  """Return what tells these weights from others, as JSON.
+
+  The checksum is of the checksums of all files of the step, and of those of
+  the tokenizer's, where that is another.
+  """
+  workdir, step = split_step(path)
+  step = step or newest(workdir)
+  steps = dict.fromkeys((step, newest(tokenizer_folder(workdir))))
+  listed = [folder / checksums.NAME for folder in steps]
+  digests = [files.sha256(name) for name in listed if name.exists()]
+  return {
+    "name": workdir.name,
+    "step": int(step.name),
+    "weights": kept(step, weights),
+    "sha256": hashlib.sha256("".join(digests).encode()).hexdigest(),
+  }
 
 
 def kept(step: epath.Path, weights: str) -> str:

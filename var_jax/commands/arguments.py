@@ -35,6 +35,20 @@ def count(text: str) -> int:
   return int(text)
 
 
+def numbers(kind):
+  """Return a type for one number or several, like 1,1.5,2."""
+
+  def parse(text: str) -> list:
+    try:
+      return [kind(number) for number in text.split(",")]
+    except ValueError:
+      raise argparse.ArgumentTypeError(
+        f"{text!r} is no number, nor a list of them like 1,2"
+      ) from None
+
+  return parse
+
+
 def positive(text: str) -> int:
   if not text.isdigit() or int(text) < 1:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")

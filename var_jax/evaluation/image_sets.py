@@ -7,27 +7,36 @@ measured is what would be written, rounded once.
 import hashlib
 import pathlib
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
 
+from var_jax import files
+
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError)
 _ARRAYS = ("arr_0", "images")  # ADM's name, and that of our own data
 
 
 class ImageSet(Protocol):
   """Args:
+  kind: where the images are from.
   lossy: named by a format that changes pixels, which shows in FID.
   """
 
+  kind: str
   name: str
   count: int
   shape: tuple[int, int, int]
   lossy: bool
 
-  def batches(self, size: int) -> Iterator[np.ndarray]:
-    """Yield uint8 [b, H, W, 3] in the set's order; the last may be short."""
+  def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Yield uint8 [b, H, W, 3] from image `start` on, in the set's order.
+
+    The last may be short.
+    """
     ...
 
   def checksum(self) -> str:
@@ -52,6 +61,8 @@ def open_set(path: str) -> ImageSet:
 class Folder:
   """Image files under a folder, in the order of their names."""
 
+  kind = "folder"
+
   def __init__(self, folder: pathlib.Path):
     self.files = sorted(
       path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES
@@ -66,10 +77,10 @@ class Folder:
     )
     self.shape = _read(self.files[0]).shape
 
-  def batches(self, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, self.count, size):
+  def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
+    for first in range(start, self.count, size):
       pixels = []
-      for path in self.files[start : start + size]:
+      for path in self.files[first : first + size]:
         image_HW3 = _read(path)
         if image_HW3.shape != self.shape:
           raise ValueError(
@@ -89,13 +100,13 @@ class Folder:
 class Archive:
   """One array of an .npz, read from the zip as it is needed."""
 
-  lossy = False
+  lossy, kind = False, "npz"
 
   def __init__(self, path: pathlib.Path):
     self.path, self.name = path, str(path)
     try:
       with zipfile.ZipFile(path) as archive:
-        there = [name.removesuffix(".npy") for name in archive.namelist()]
+        there = [n[:-4] for n in archive.namelist() if n.endswith(".npy")]
     except (zipfile.BadZipFile, OSError) as error:
       raise ValueError(
         f"{path} cannot be read ({error}); give a folder or an .npz."
@@ -108,26 +119,29 @@ class Archive:
       )
     self._member = f"{found[0]}.npy"
     with self._open() as (_, shape, dtype):
-      grey = len(shape) == 3
+      # [H, W, 3] is a picture, not H grey ones.
+      grey = len(shape) == 3 and shape[2] != 3
       if dtype != np.uint8 or not (grey or (len(shape) == 4 and shape[3] == 3)):
         raise ValueError(
           f"{path}: {found[0]} is {dtype} {shape}; give uint8 [N, H, W, 3], "
           "0 to 255, rounded."
         )
-    if not shape[0]:
-      raise ValueError(f"{path}: {found[0]} has no images; give some.")
+    if not np.prod(shape):
+      raise ValueError(f"{path}: {found[0]} is {shape}; give some images.")
     self.count, self.shape = shape[0], (*shape[1:3], 3)
     self._one = shape[1:]
 
-  def batches(self, size: int) -> Iterator[np.ndarray]:
+  def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
     bytes_each = int(np.prod(self._one))
     with self._open() as (file, _, _):
-      for start in range(0, self.count, size):
-        b = min(size, self.count - start)
-        data = file.read(b * bytes_each)
+      for _ in range(start):  # what is compressed cannot be passed over
+        self._bytes(file, bytes_each)
+      for first in range(start, self.count, size):
+        b = min(size, self.count - first)
+        data = self._bytes(file, b * bytes_each)
         if len(data) < b * bytes_each:
           raise ValueError(
-            f"{self.path} ends within image {start + len(data) // bytes_each} "
+            f"{self.path} ends within image {first + len(data) // bytes_each} "
             f"of {self.count}; restore it from a copy."
           )
         pixels = np.frombuffer(data, np.uint8).reshape(b, *self._one)
@@ -136,8 +150,13 @@ class Archive:
         )
 
   def checksum(self) -> str:
-    with self.path.open("rb") as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
+    return files.sha256(self.path)
+
+  def _bytes(self, file, count: int) -> bytes:
+    try:
+      return file.read(count)
+    except _DAMAGE as error:
+      raise _damaged(self.path, error) from None
 
   def _open(self) -> "_Member":
     return _Member(self.path, self._member)
@@ -150,8 +169,11 @@ class _Member:
     self._path, self._member = path, member
 
   def __enter__(self):
-    self._archive = zipfile.ZipFile(self._path)
-    self._file = self._archive.open(self._member)
+    try:
+      self._archive = zipfile.ZipFile(self._path)
+      self._file = self._archive.open(self._member)
+    except _DAMAGE as error:
+      raise _damaged(self._path, error) from None
     read = {
       (1, 0): np.lib.format.read_array_header_1_0,
       (2, 0): np.lib.format.read_array_header_2_0,
@@ -159,7 +181,7 @@ class _Member:
     try:
       version = np.lib.format.read_magic(self._file)
       shape, fortran, dtype = read[version](self._file)
-    except (ValueError, KeyError):
+    except (ValueError, *_DAMAGE):
       self.__exit__()
       raise ValueError(
         f"{self._path}: {self._member} is no array; restore it from a copy."
@@ -175,6 +197,40 @@ class _Member:
   def __exit__(self, *exception) -> None:
     self._file.close()
     self._archive.close()
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
+  return ValueError(f"{path} cannot be read ({error}); restore it from a copy.")
+
+
+def write_archive(
+  path: str,
+  batches: Iterable[np.ndarray],
+  images: ImageSet,
+  labels: np.ndarray | None = None,
+) -> None:
+  """Write uint8 images in ADM's layout, a batch at a time, aside and then here.
+
+  Args:
+    batches: of all of `images`, in order.
+    labels: written as `arr_1` if there are any.
+  """
+  target = files.absolute(path)
+  aside = target.with_name(f".{target.name}.partial")
+  header = {"descr": "|u1", "fortran_order": False}
+  header["shape"] = (images.count, *images.shape)
+  try:
+    with zipfile.ZipFile(aside, "w") as archive:
+      with archive.open(f"{_ARRAYS[0]}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for pixels_BHW3 in batches:
+          file.write(np.ascontiguousarray(pixels_BHW3).data)
+      if labels is not None:
+        with archive.open("arr_1.npy", "w") as file:
+          np.lib.format.write_array(file, labels)
+    aside.rename(target)
+  finally:
+    aside.unlink(missing_ok=True)
 
 
 def _read(path: pathlib.Path) -> np.ndarray:

@@ -23,6 +23,7 @@ from var_jax.models.layers import HIGHEST
 SIDE = 299
 POOLED, CLASSES = 2048, 1008
 SPATIAL_CHANNELS = 7  # of mixed_6, what sFID is taken of
+SPATIAL = 17 * 17 * SPATIAL_CHANNELS
 
 Weights = Mapping[str, jax.Array]
 # Takes (name, x, features, kernel, stride, padded?) and convolves.
@@ -33,8 +34,12 @@ class Features(NamedTuple):
   """Of a batch of images, float32."""
 
   pooled_BD: jax.Array  # pool_3
-  spatial_BE: jax.Array  # of mixed_6, 17 x 17 x 7 in one dimension
+  spatial_BE: jax.Array | None  # of mixed_6, 17 x 17 x 7 in one dimension
   probs_BC: jax.Array
+
+  def present(self) -> dict[str, jax.Array]:
+    """Return those that there are, by name."""
+    return {k: v for k, v in self._asdict().items() if v is not None}
 
 
 def features(weights: Weights, pixels_BHW3: jax.Array) -> Features:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
+from var_jax import files
 from var_jax.checkpoints import network_weights, tensor_files
 from var_jax.evaluation import inception
 
@@ -23,7 +24,8 @@ def convert(path: str, output: epath.PathLike) -> None:
     ValueError: the file is missing or damaged, or lacks a weight.
   """
   weights = from_torch(dict(tensor_files.read_tensors(path)), path)
-  network_weights.write(output, "inception", weights)
+  about = {"from": {epath.Path(path).name: files.sha256(path)}}
+  network_weights.write(output, "inception", weights, about)
 
 
 def read(folder: epath.PathLike) -> dict[str, np.ndarray]:

@@ -1,0 +1,481 @@
+"""`var-jax evaluate`: receipts, what is refused, what goes on after a kill."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import var_jax
+from configs import tokenizer as tokenizer_presets
+from configs import var as var_presets
+from var_jax import cli, images
+from var_jax.checkpoints import network_weights
+from var_jax.evaluation import (
+  classifier,
+  inception,
+  measure,
+  networks,
+  statistics,
+)
+from var_jax.evaluation.partial import Partial
+from var_jax.training import loop
+
+SIDE, CLASSES = 16, 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A classifier of noise in ten colours, and the noise: "train" and "val"."""
+  folder = tmp_path_factory.mktemp("evaluate")
+  for name, count in (("train", 300), ("val", 120)):
+    pixels, labels = coloured(len(name), count)
+    np.savez(folder / f"{name}.npz", images=pixels, labels=labels)
+  source = f"npz:{folder / 'train.npz'}"
+  assert run("--fit-classifier", source, "--output", folder / "classifier") == 0
+  return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A transformer of two steps."""
+  folder = tmp_path_factory.mktemp("models")
+  tokenizer = tokenizer_presets.get_config("tiny")
+  tokenizer.steps, tokenizer.data.batch_size = 1, 4
+  loop.train(tokenizer, folder / "tokenizer")
+  config = var_presets.get_config("tiny")
+  config.steps, config.data.batch_size = 1, 4
+  config.tokenizer_path = str(folder / "tokenizer")
+  loop.train(config, folder / "var")
+  return folder / "var"
+
+
+def coloured(seed, count):
+  """Return noise whose mean is its class's, in shuffled order, and labels."""
+  rng = np.random.default_rng(seed)
+  labels = rng.permutation(np.arange(count) % CLASSES)
+  means = np.random.default_rng(0).uniform(60, 190, (CLASSES, 1, 1, 3))
+  noise = rng.normal(0, 20, (count, SIDE, SIDE, 3))
+  return np.uint8((means[labels] + noise).clip(0, 255)), labels
+
+
+def run(*flags):
+  return cli.main(["evaluate", *map(str, flags)])
+
+
+def by_classifier(folder, *flags, reference="train.npz", output):
+  return run(
+    *("--classifier", folder / "classifier"),
+    *("--reference", folder / reference),
+    *("--output", output),
+    *flags,
+  )
+
+
+def receipt_of(path):
+  return json.loads(path.read_text())
+
+
+def line(capsys):
+  (line,) = capsys.readouterr().err.splitlines()
+  return line
+
+
+def test_a_receipt_has_the_numbers_and_what_they_depend_on(folder, tmp_path):
+  output = tmp_path / "a.json"
+  flags = ["--samples", folder / "val.npz", "--reference-split", "train"]
+  assert by_classifier(folder, *flags, output=output) == 0
+  found = receipt_of(output)
+  about, weights = classifier.read(folder / "classifier")
+  looks = {}
+  for name in ("train", "val"):
+    pixels = np.load(folder / f"{name}.npz")["images"]
+    looks[name] = classifier.features(CLASSES, weights, pixels)
+  real, drawn = (
+    np.asarray(looks[name].pooled_BD, np.float64) for name in ("train", "val")
+  )
+  a, b = (statistics.Moments.of(x).gaussian() for x in (real, drawn))
+  numbers = found["numbers"]
+  assert list(numbers) == [
+    "classifier_distance",
+    "classifier_score",
+    "classifier_kernel_distance",
+    "classifier_kernel_distance_deviation",
+    "classifier_precision",
+    "classifier_recall",
+  ]
+  distance = statistics.frechet_distance(a, b)
+  assert numbers["classifier_distance"] == pytest.approx(distance, rel=1e-3)
+  score = statistics.inception_score(np.asarray(looks["val"].probs_BC))
+  assert numbers["classifier_score"] == pytest.approx(score, rel=1e-4)
+  precision, recall = statistics.precision_recall(real, drawn)
+  assert numbers["classifier_precision"] == pytest.approx(precision, abs=0.01)
+  assert numbers["classifier_recall"] == pytest.approx(recall, abs=0.01)
+  weights_file = folder / "classifier" / "classifier.safetensors"
+  from var_jax import files
+
+  assert found["features"]["sha256"] == files.sha256(weights_file)
+  assert found["reference"]["sha256"] == files.sha256(folder / "train.npz")
+  assert found["reference"]["split"] == "train"
+  assert found["images"]["count"] == 120 and found["images"]["kind"] == "npz"
+  assert about["held_out_accuracy"] > 0.9 and found["packages"]["jax"]
+  assert not (tmp_path / "a.json.partial").exists()
+
+
+def test_few_images_are_warned_of_with_what_it_costs(folder, tmp_path, capsys):
+  output = tmp_path / "a.json"
+  flags = ["--samples", folder / "val.npz"]
+  assert by_classifier(folder, *flags, output=output) == 0
+  (warning,) = receipt_of(output)["warnings"]
+  assert "120 images are fewer than the 128 dimensions" in warning
+  assert f"warning: {warning}" in capsys.readouterr().out
+
+
+def test_images_sorted_by_class_are_refused_or_renamed(
+  folder, tmp_path, capsys
+):
+  pixels, labels = coloured(3, 120)
+  np.savez(tmp_path / "s.npz", arr_0=pixels[np.argsort(labels)])
+  output = tmp_path / "a.json"
+  flags = ["--samples", tmp_path / "s.npz"]
+  assert by_classifier(folder, *flags, output=output) == 1
+  message = line(capsys)
+  assert "s.npz is sorted by class" in message and "--shuffle" in message
+  assert not output.exists()
+  assert by_classifier(folder, *flags, "--force", output=output) == 0
+  forced = receipt_of(output)
+  assert "classifier_score_class_sorted" in forced["numbers"]
+  assert "classifier_distance" in forced["numbers"]
+  assert "is sorted by class" in forced["forced"][0]
+  output = tmp_path / "b.json"
+  assert by_classifier(folder, *flags, "--shuffle", output=output) == 0
+  shuffled = receipt_of(output)
+  assert "classifier_score" in shuffled["numbers"] and not shuffled["forced"]
+  # The whole is one part, which has no order.
+  assert shuffled["numbers"]["classifier_score"] == pytest.approx(
+    forced["numbers"]["classifier_score_class_sorted"]
+  )
+
+
+def test_fewer_images_than_stated_are_refused_or_renamed(
+  folder, tmp_path, capsys
+):
+  output = tmp_path / "a.json"
+  flags = ["--samples", folder / "val.npz", "--count", 121]
+  assert by_classifier(folder, *flags, output=output) == 1
+  assert "has 120 images and 121 are stated" in line(capsys)
+  # What was looked at is kept, and serves the forced measurement.
+  assert (tmp_path / "a.json.partial").exists()
+  assert by_classifier(folder, *flags, "--force", output=output) == 0
+  names = receipt_of(output)["numbers"]
+  assert all(name.endswith("_few_images") for name in names)
+
+
+def test_a_model_draws_balanced_classes_for_its_receipt(
+  folder, workdir, tmp_path
+):
+  output, archive = tmp_path / "a.json", tmp_path / "drawn.npz"
+  flags = ["--checkpoint", workdir, "--count", 20, "--batch-size", 8]
+  flags += ["--guidance", 2, "--save-npz", archive]
+  assert by_classifier(folder, *flags, output=output) == 0
+  found = receipt_of(output)
+  assert found["sampler"]["guidance"] == 2.0 and found["sampler"]["seed"] == 0
+  assert found["checkpoint"]["step"] == 1
+  with np.load(archive) as arrays:
+    pixels, labels = arrays["arr_0"], arrays["arr_1"]
+  assert pixels.shape == (20, SIDE, SIDE, 3) and pixels.dtype == np.uint8
+  np.testing.assert_array_equal(np.bincount(labels), np.full(CLASSES, 2))
+  assert (np.diff(labels) < 0).any()  # in no order
+  model = var_jax.load(workdir)
+  again = model.sample(labels, jax.random.key(0), guidance=2.0)
+  difference = images.to_uint8(again.images_BHW3) - pixels.astype(int)
+  assert np.abs(difference).max() <= 1
+  # The archive measures as the draw did.
+  other = tmp_path / "b.json"
+  assert by_classifier(folder, "--samples", archive, output=other) == 0
+  assert receipt_of(other)["numbers"] == pytest.approx(found["numbers"])
+
+
+def test_tokens_are_decoded_and_held_out_images_reconstructed(
+  folder, workdir, tmp_path, capsys
+):
+  model = var_jax.load(workdir)
+  pixels = np.load(folder / "val.npz")["images"]
+  tokens_NL = np.asarray(model.encode(images.to_float(pixels)))
+  np.savez(tmp_path / "tokens.npz", tokens=tokens_NL)
+  flags = ["--checkpoint", workdir, "--batch-size", 50]
+  tokens = ["--tokens", tmp_path / "tokens.npz", "--shuffle"]
+  assert by_classifier(folder, *flags, *tokens, output=tmp_path / "t.json") == 0
+  source = f"npz:{folder / 'val.npz'}"
+  again = ["--classifier", folder / "classifier", "--reconstruct", source]
+  assert run(*flags, *again, "--output", tmp_path / "r.json") == 0
+  decoded, rebuilt = (receipt_of(tmp_path / f"{x}.json") for x in "tr")
+  assert rebuilt["reference"]["split"] == "val"
+  back = images.to_uint8(model.decode(tokens_NL)).astype(np.float64)
+  error_N = np.square(back - pixels).mean(axis=(1, 2, 3))
+  psnr = np.mean(10 * np.log10(255**2 / error_N))
+  assert rebuilt["numbers"]["PSNR"] == pytest.approx(psnr, rel=1e-4)
+  assert 0 < rebuilt["numbers"]["SSIM"] < 1
+  # The same images, in another order, against another reference.
+  assert decoded["numbers"]["classifier_score"] == pytest.approx(
+    rebuilt["numbers"]["classifier_score"], rel=1e-4
+  )
+  # Statistics of training images are none for reconstructions.
+  code = by_classifier(
+    folder, *flags, "--reconstruct", source, output=tmp_path / "x.json"
+  )
+  assert code == 1
+  assert "compared with images of an unnamed split" in line(capsys)
+
+
+def test_an_interrupted_measurement_goes_on(folder, tmp_path, monkeypatch):
+  pixels, _ = coloured(5, 60)
+  for i, image in enumerate(pixels):
+    Image.fromarray(image).save(tmp_path / f"{i:03d}.png")
+  flags = ["--samples", tmp_path, "--batch-size", 20]
+  assert by_classifier(folder, *flags, output=tmp_path / "a.json") == 0
+  seen, add = [], Partial.add
+
+  def add_and_fall(self, part):
+    if len(seen) == 2:
+      raise KeyboardInterrupt
+    seen.append(len(part["pooled_BD"]))
+    add(self, part)
+    self.save()
+
+  monkeypatch.setattr(Partial, "add", add_and_fall)
+  assert by_classifier(folder, *flags, output=tmp_path / "b.json") == 1
+  assert not (tmp_path / "b.json").exists()
+
+  def add_and_count(self, part):
+    seen.append(len(part["pooled_BD"]))
+    add(self, part)
+
+  monkeypatch.setattr(Partial, "add", add_and_count)
+  assert by_classifier(folder, *flags, output=tmp_path / "b.json") == 0
+  assert seen == [20, 20, 20]
+  whole, gone_on = (receipt_of(tmp_path / f"{x}.json") for x in "ab")
+  # Of fewer images than dimensions the root is of rounding, in part.
+  assert gone_on["numbers"] == pytest.approx(whole["numbers"], rel=1e-4)
+  assert not (tmp_path / "b.json.partial").exists()
+
+
+def test_what_was_left_by_other_settings_is_not_taken(folder, tmp_path, capsys):
+  output = tmp_path / "a.json"
+  flags = ["--samples", folder / "val.npz", "--count", 121]
+  assert by_classifier(folder, *flags, output=output) == 1
+  capsys.readouterr()
+  other = ["--samples", folder / "train.npz"]
+  assert by_classifier(folder, *other, output=output) == 1
+  assert "with other settings left; remove it" in line(capsys)
+
+
+def test_receipts_say_whether_they_may_be_compared(folder, tmp_path, capsys):
+  a, b, c = (tmp_path / f"{x}.json" for x in "abc")
+  samples = ["--samples", folder / "val.npz"]
+  assert by_classifier(folder, *samples, output=a) == 0
+  assert by_classifier(folder, *samples, "--shuffle", output=b) == 0
+  flags = [*samples, "--count", 121, "--force"]
+  assert by_classifier(folder, *flags, reference="val.npz", output=c) == 0
+  capsys.readouterr()
+  assert run("--compare", a, b) == 0
+  assert capsys.readouterr().out == "they may be compared\n"
+  assert run("--compare", a, c) == 1
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith("another reference: reference.sha256 is")
+  assert "the second was forced" in lines[1]
+  assert lines[2].startswith("no measure in common")
+  (tmp_path / "no.json").write_text("{}")
+  assert run("--compare", a, tmp_path / "no.json") == 1
+  assert "no.json is no receipt of format 1" in line(capsys)
+
+
+def test_a_sweep_writes_a_receipt_each_and_the_best(folder, workdir, tmp_path):
+  pytest.importorskip("matplotlib")
+  flags = ["--checkpoint", workdir, "--count", 20, "--guidance", "0,1.5"]
+  flags += ["--top-k", "0,10"]
+  assert by_classifier(folder, *flags, output=tmp_path / "sweep") == 0
+  found = receipt_of(tmp_path / "sweep" / "sweep.json")
+  assert len(found["points"]) == 4
+  point = found["points"]["guidance=1.5,top_k=10,top_p=0.96"]
+  one = receipt_of(tmp_path / "sweep" / "guidance=1.5,top_k=10,top_p=0.96.json")
+  assert one["sampler"]["top_k"] == 10
+  assert point == [
+    one["numbers"][name] for name in ("classifier_distance", "classifier_score")
+  ]
+  for name in found["best"]:
+    x, y = found["points"][name]
+    others = [p for n, p in found["points"].items() if n != name]
+    assert not any(a <= x and b >= y and (a, b) != (x, y) for a, b in others)
+  picture = Image.open(tmp_path / "sweep" / "sweep.png")
+  assert np.ptp(np.asarray(picture)) > 0
+
+
+def of_inception(monkeypatch, folder):
+  """Replace the network by mean colours, whose own tests are elsewhere."""
+
+  def features(weights, pixels_BHW3):
+    colour_B3 = pixels_BHW3.mean(axis=(1, 2))
+    probs_B3 = jax.nn.softmax(colour_B3 - 128.0)
+    return inception.Features(weights["gain"] * colour_B3, colour_B3, probs_B3)
+
+  monkeypatch.setattr(inception, "features", features)
+  monkeypatch.setattr(inception, "shapes", lambda: {"gain": (3,)})
+  for name in ("POOLED", "SPATIAL"):
+    monkeypatch.setattr(inception, name, 3)
+  gain = {"gain": np.float32([1.0, 1.0, 1.0])}
+  for name, digest in (("official", "6726825dff"), ("other", "00")):
+    about = {"from": {"file.pth": digest}}
+    network_weights.write(folder / name, "inception", gain, about)
+
+
+def by_inception(folder, *flags, weights="official"):
+  return run("--inception", folder / weights, *flags)
+
+
+def test_statistics_of_adm_are_a_reference(
+  folder, tmp_path, monkeypatch, capsys
+):
+  of_inception(monkeypatch, tmp_path)
+  real = np.load(folder / "train.npz")["images"]
+  colours_N3 = real.mean(axis=(1, 2))
+  statistic = dict(
+    mu=colours_N3.mean(axis=0), sigma=np.cov(colours_N3, rowvar=False)
+  )
+  spatial = {f"{name}_s": value for name, value in statistic.items()}
+  np.savez(tmp_path / "ref.npz", arr_0=real[:100], **statistic, **spatial)
+  flags = ["--samples", folder / "val.npz", "--count", 120]
+  flags += ["--reference", tmp_path / "ref.npz"]
+  output = tmp_path / "a.json"
+  assert by_inception(tmp_path, *flags, "--output", output) == 0
+  numbers = receipt_of(output)["numbers"]
+  val = np.load(folder / "val.npz")["images"].mean(axis=(1, 2))
+  a, b = (
+    statistics.Gaussian(x.mean(axis=0), np.cov(x, rowvar=False))
+    for x in (colours_N3, val)
+  )
+  fid = statistics.frechet_distance(a, b)
+  for name in ("FID", "sFID"):
+    assert numbers[name] == pytest.approx(fid, rel=1e-3)
+  assert {"IS", "KID", "precision", "recall"} <= numbers.keys()
+  other = by_inception(
+    tmp_path, *flags, "--output", tmp_path / "b.json", weights="other"
+  )
+  assert other == 1
+  assert "are not those of published numbers" in line(capsys)
+  np.savez(tmp_path / "ref.npz", mu=statistic["mu"])
+  assert by_inception(tmp_path, *flags, "--output", tmp_path / "c.json") == 1
+  assert "ref.npz has arrays mu and no sigma" in line(capsys)
+  statistic["mu"] = np.zeros(5)
+  np.savez(tmp_path / "ref.npz", **statistic)
+  assert by_inception(tmp_path, *flags, "--output", tmp_path / "d.json") == 1
+  assert "mu has shape (5,), not finite numbers of shape (3,)" in line(capsys)
+
+
+def test_fewer_than_fifty_thousand_are_no_fid_unless_stated(
+  folder, tmp_path, monkeypatch, capsys
+):
+  of_inception(monkeypatch, tmp_path)
+  flags = ["--samples", folder / "val.npz", "--output", tmp_path / "a.json"]
+  flags += ["--reference", folder / "train.npz"]
+  assert by_inception(tmp_path, *flags) == 1
+  assert "has 120 images and 50000 are stated" in line(capsys)
+
+
+@pytest.mark.parametrize("side, split", [("many", 300), ("few", 4000)])
+def test_sorted_classes_are_told_from_shuffled_ones(side, split):
+  rng = np.random.default_rng(0)
+  classes = 1000 if side == "many" else 2
+  labels = np.sort(np.arange(10_000) % classes)
+  # A network that is right on six of ten.
+  wrong = rng.random(10_000) > 0.6
+  judged = np.where(wrong, rng.integers(0, classes, 10_000), labels)
+  if side == "few":
+    judged = labels
+  assert measure.sortedness(judged) > 3
+  for seed in range(20):
+    shuffled = np.random.default_rng(seed).permutation(judged)
+    assert measure.sortedness(shuffled) < 1.5
+    few = shuffled[:split]
+    assert measure.sortedness(few) < 3
+
+
+def test_features_do_not_depend_on_batches_or_devices(folder, tmp_path):
+  from var_jax.parallel import mesh as mesh_lib
+
+  network = networks.open_classifier(folder / "classifier")
+  pixels = np.load(folder / "val.npz")["images"]
+  whole, mesh = classifier.features(CLASSES, network.weights, pixels), None
+  for size in (7, 64, 120):
+    mesh = mesh_lib.make_mesh()
+    batches = (pixels[i : i + size] for i in range(0, len(pixels), size))
+    found = list(networks.extract(network, batches, size, mesh))
+    seen = np.concatenate([x for x, _ in found])
+    np.testing.assert_array_equal(seen, pixels)
+    pooled_ND = np.concatenate([x.pooled_BD for _, x in found])
+    np.testing.assert_allclose(pooled_ND, whole.pooled_BD, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "flags, code, message",
+  [
+    (["--samples", "{}/val.npz"], 2, "give --inception DIR, for FID, or"),
+    (["--classifier", "{}/classifier"], 2, "--checkpoint or --samples, one"),
+    (
+      ["--classifier", "{}/classifier", "--samples", "{}/val.npz"],
+      2,
+      "--reference is missing",
+    ),
+    (
+      ["--inception", "{}", "--samples", "a", "--reference", "b"],
+      1,
+      "has no inception.safetensors; give a folder that `var-jax convert",
+    ),
+    (
+      ["--classifier", "{}", "--samples", "a", "--reference", "b"],
+      1,
+      "has no classifier.safetensors; give a folder that `var-jax evaluate",
+    ),
+    (
+      [
+        *("--classifier", "{}/classifier", "--samples", "{}/small.npz"),
+        *("--reference", "{}/val.npz"),
+      ],
+      1,
+      "small.npz has images of 8x8x3, and the classifier is of 16x16x3",
+    ),
+    (
+      [
+        *("--classifier", "{}/classifier", "--samples", "{}/float.npz"),
+        *("--reference", "{}/val.npz"),
+      ],
+      1,
+      "float.npz: arr_0 is float64 (4, 8, 8, 3); give uint8",
+    ),
+    (
+      [
+        *("--classifier", "{}/classifier", "--samples", "{}/val.npz"),
+        *("--reference", "{}/none.npz"),
+      ],
+      1,
+      "none.npz does not exist; give a folder or an .npz",
+    ),
+    (
+      ["--classifier", "{}/classifier", "--tokens", "a", "--samples", "b"],
+      2,
+      "--tokens needs --checkpoint",
+    ),
+    (["--compare", "{}/none.json", "{}/none.json"], 1, "none.json"),
+  ],
+)
+def test_bad_commands_are_one_line_and_write_nothing(
+  flags, code, message, folder, tmp_path, capsys
+):
+  small = np.zeros((4, 8, 8, 3))
+  np.savez(folder / "float.npz", arr_0=small)
+  np.savez(folder / "small.npz", arr_0=small.astype(np.uint8))
+  flags = [str(flag).format(folder) for flag in flags]
+  assert run(*flags, "--output", tmp_path / "out.json") == code
+  assert message in line(capsys)
+  assert not list(tmp_path.iterdir())

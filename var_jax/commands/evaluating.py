@@ -1,0 +1,375 @@
+"""`var-jax evaluate`."""
+
+import datetime
+import itertools
+import time
+
+from var_jax.commands.arguments import (
+  UsageError,
+  numbers,
+  positive,
+  scale_range,
+  seed,
+  temperature,
+)
+
+_SPECS = ("npz:", "folder:", "tfds:")
+_STATED = 50_000  # images, of published numbers
+_TELL_EVERY = 10.0  # seconds
+_DRAWN = 10_000  # images, where a classifier looks
+
+
+def add(commands) -> None:
+  """Add the parser of the command."""
+  parser = commands.add_parser(
+    "evaluate", help="FID and its kin, with a receipt; or compare two receipts"
+  )
+  what = parser.add_argument_group("what is measured")
+  what.add_argument("--checkpoint", help="a workdir, which draws or decodes")
+  what.add_argument("--samples", help="a folder of images, or an .npz")
+  what.add_argument("--tokens", help="an .npz, which --checkpoint decodes")
+  what.add_argument(
+    "--reconstruct",
+    metavar="SOURCE",
+    help="held-out images, like folder:/data, which --checkpoint encodes and "
+    "decodes",
+  )
+  parser.add_argument(
+    "--reference",
+    help="an .npz of ADM, a folder, an .npz of images, or a source like "
+    "tfds:name; with --reconstruct the originals if unsaid",
+  )
+  parser.add_argument(
+    "--reference-split",
+    choices=("train", "val"),
+    help="what it is of; of folder: and tfds: also which is read",
+  )
+  parser.add_argument("--output", help="a .json file; of a sweep, a folder")
+  parser.add_argument(
+    "--compare",
+    nargs=2,
+    metavar=("A", "B"),
+    help="say whether two receipts may be compared",
+  )
+  network = parser.add_argument_group("what looks at the images")
+  network.add_argument("--inception", help="what convert --inception wrote")
+  network.add_argument("--classifier", help="what --fit-classifier wrote")
+  network.add_argument(
+    "--fit-classifier",
+    metavar="SOURCE",
+    help="fit a small classifier to a dataset; --output is its folder",
+  )
+  how = parser.add_argument_group("how")
+  how.add_argument(
+    "--count",
+    type=positive,
+    help="images there should be; 50000, or all that a classifier is given, "
+    "or about 10000 that it draws",
+  )
+  how.add_argument(
+    "--transform",
+    choices=("crop", "resize"),
+    help="of sources to the size of the images; crop, the official one, unless "
+    "the checkpoint was trained on images that were resized",
+  )
+  how.add_argument("--batch-size", type=positive, default=64)
+  how.add_argument("--weights", choices=("ema", "raw"), default="ema")
+  how.add_argument("--seed", type=seed, default=0, help="%(default)s")
+  how.add_argument("--save-npz", help="write the images in ADM's layout")
+  how.add_argument(
+    "--shuffle",
+    action="store_true",
+    help="take the parts of IS in an order drawn by the seed, not as read",
+  )
+  how.add_argument(
+    "--force",
+    action="store_true",
+    help="measure what is not comparable, under another name",
+  )
+  drawing = parser.add_argument_group(
+    "drawing", "Several values, like 1,1.5,2, make a sweep of all combinations."
+  )
+  for name, default in (("guidance", 1.5), ("top-k", 900), ("top-p", 0.96)):
+    kind = numbers(int if name == "top-k" else float)
+    drawing.add_argument(
+      f"--{name}", type=kind, default=[default], help=str(default)
+    )
+  drawing.add_argument("--smooth", action="store_true")
+  drawing.add_argument("--temperature", type=temperature, default=1.0)
+  drawing.add_argument("--guided-scales", type=scale_range)
+  parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args) -> int | None:
+  if args.compare:
+    return _compare(*args.compare)
+  if not args.output:
+    raise UsageError("--output is missing; see var-jax evaluate --help.")
+  if args.fit_classifier:
+    return _fit(args)
+  _check(args)
+  if _is_sweep(args):
+    return _sweep(args)
+  return _one(args)
+
+
+def _compare(a: str, b: str) -> int:
+  from var_jax.evaluation import receipt
+
+  lines = receipt.differences(receipt.read(a), receipt.read(b))
+  for line in lines:
+    print(line)
+  if not lines:
+    print("they may be compared")
+  return 1 if lines else 0
+
+
+def _fit(args) -> None:
+  from var_jax import files
+  from var_jax.evaluation import classifier, made_sets
+
+  files.check_new(args.output)
+  images = made_sets.OfDataset(args.fit_classifier, "train", None, "resize")
+  accuracy = classifier.write(args.output, *images.labelled(), images.name)
+  print(
+    f"wrote {args.output}, a classifier that is right on {accuracy:.3f} of a "
+    "held-out tenth"
+  )
+
+
+def _check(args) -> None:
+  if bool(args.inception) == bool(args.classifier):
+    raise UsageError(
+      "give --inception DIR, for FID, or --classifier DIR; `var-jax convert "
+      "--inception` and --fit-classifier make them."
+    )
+  if bool(args.samples) == bool(args.checkpoint):
+    raise UsageError("give --checkpoint or --samples, one of them.")
+  if args.tokens and args.reconstruct:
+    raise UsageError("--tokens does not go with --reconstruct; take one.")
+  for name in ("tokens", "reconstruct"):
+    if getattr(args, name) and not args.checkpoint:
+      raise UsageError(f"--{name} needs --checkpoint, which decodes.")
+  if not args.reference and not args.reconstruct:
+    raise UsageError("--reference is missing; see var-jax evaluate --help.")
+  if _is_sweep(args) and (args.samples or args.tokens or args.reconstruct):
+    raise UsageError("a sweep draws; give --checkpoint alone.")
+  if _is_sweep(args) and args.save_npz:
+    raise UsageError("--save-npz is of one set; leave it out of a sweep.")
+
+
+def _is_sweep(args) -> bool:
+  return max(map(len, (args.guidance, args.top_k, args.top_p))) > 1
+
+
+def _one(args) -> None:
+  from var_jax import files
+  from var_jax.evaluation import run
+
+  _check_file(args.output, ".json")
+  if args.save_npz:
+    _check_file(args.save_npz, ".npz")
+  looking, model = _opened(args)
+  how = _combinations(args)[0]
+  images, about = _images(args, looking, model, how)
+  run.check_suits(looking, images)
+  against = _against(args, looking, images)
+  found = _measured(args, looking, images, against, about, args.output)
+  files.write_json(args.output, found)
+  _print(found)
+
+
+def _sweep(args) -> None:
+  from var_jax import files
+  from var_jax.evaluation import run, sweep
+
+  looking, model = _opened(args)
+  against, receipts = None, {}
+  for how in _combinations(args):
+    images, about = _images(args, looking, model, how)
+    run.check_suits(looking, images)
+    against = against or _against(args, looking, images)
+    name = ",".join(f"{k}={how[k]:g}" for k in ("guidance", "top_k", "top_p"))
+    path = files.absolute(args.output) / f"{name}.json"
+    if path.exists():
+      receipts[name] = sweep.again(path, about)
+    else:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      print(name)
+      receipts[name] = _measured(args, looking, images, against, about, path)
+      files.write_json(path, receipts[name])
+    _print(receipts[name])
+  names = looking.network.names
+  sweep.write(args.output, receipts, names.distance, names.score)
+  print(f"wrote {len(receipts)} receipts and sweep.png to {args.output}")
+
+
+def _check_file(path: str, suffix: str) -> None:
+  from var_jax import files
+
+  if not path.endswith(suffix):
+    raise UsageError(f"{path!r} is no {suffix} file; name one.")
+  files.check_new_file(path)
+
+
+def _combinations(args) -> list[dict]:
+  rest = dict(
+    smooth=args.smooth,
+    temperature=args.temperature,
+    guided_scales=args.guided_scales,
+  )
+  return [
+    dict(guidance=guidance, top_k=top_k, top_p=top_p, **rest)
+    for guidance, top_k, top_p in itertools.product(
+      args.guidance, args.top_k, args.top_p
+    )
+  ]
+
+
+def _opened(args):
+  """Return how a network looks, and the model if there is one."""
+  import jax
+
+  from var_jax import compile_cache, loading
+  from var_jax.evaluation import networks, run
+  from var_jax.parallel import mesh as mesh_lib
+
+  network = (
+    networks.open_inception(args.inception)
+    if args.inception
+    else networks.open_classifier(args.classifier)
+  )
+  compile_cache.enable()
+  mesh = mesh_lib.make_mesh()
+  model = None
+  if args.checkpoint:
+    model = loading.load(
+      args.checkpoint,
+      mesh=mesh if jax.device_count() > 1 else None,
+      weights=args.weights,
+    )
+  return run.Looking(network, mesh, args.batch_size, _Progress()), model
+
+
+def _images(args, looking, model, how: dict):
+  """Return the set that is measured, and what a receipt says of its making."""
+  from var_jax.checkpoints import weights
+  from var_jax.evaluation import image_sets, made_sets
+
+  if args.samples:
+    return image_sets.open_set(args.samples), {}
+  about = {"checkpoint": weights.identity(args.checkpoint, args.weights)}
+  if args.tokens:
+    return made_sets.Decoded(model, args.tokens), about
+  shape = model.config.tokenizer.image_shape
+  if args.reconstruct:
+    originals = made_sets.OfDataset(
+      args.reconstruct, "val", shape, _transform(args)
+    )
+    return made_sets.Reconstructed(model, originals), about
+  if model.config.transformer is None:
+    raise ValueError(
+      f"{args.checkpoint} is a tokenizer and cannot draw; give --reconstruct."
+    )
+  C = model.config.transformer.num_classes
+  wanted = _STATED if args.inception else _DRAWN
+  count = args.count or max(C, wanted - wanted % C)
+  drawn = made_sets.Drawn(model, count, args.seed, **how)
+  return drawn, {**about, "sampler": {**how, "seed": args.seed}}
+
+
+def _transform(args) -> str:
+  """Return how images of sources are brought to size."""
+  from var_jax.checkpoints import weights
+  from var_jax.checkpoints.description import Description
+
+  if args.transform or not args.checkpoint:
+    return args.transform or "crop"
+  workdir, _ = weights.split_step(args.checkpoint)
+  trained = Description.read(workdir).config.get("data", {}).get("transform")
+  return "resize" if trained == "resize" else "crop"
+
+
+def _against(args, looking, images):
+  from var_jax.evaluation import adm_reference, image_sets, made_sets, run
+
+  spec, split = args.reference, args.reference_split or ""
+  if not spec:
+    return run.against_images(looking, images.originals, "val", images.shape)
+  if spec == "digits" or spec.startswith(_SPECS):
+    # A file has one split, and nobody has said which.
+    split = split or ("" if spec.startswith("npz:") else "train")
+    source = made_sets.OfDataset(
+      spec, split or "train", images.shape[:2], _transform(args)
+    )
+    return run.against_images(looking, source, split, images.shape)
+  if adm_reference.is_one(spec):
+    return run.against_statistics(looking, spec, split, images.shape)
+  there = image_sets.open_set(spec)
+  return run.against_images(looking, there, split, images.shape)
+
+
+def _measured(args, looking, images, against, about, output) -> dict:
+  """Look at a set and return its receipt; what is interrupted goes on."""
+  from var_jax.evaluation import image_sets, measure, run
+  from var_jax.evaluation.partial import Partial
+
+  keep_pixels = bool(args.save_npz or args.reconstruct)
+  settings = {
+    "features": looking.network.about,
+    "images": [images.kind, images.name, images.count, images.checksum()],
+    "pixels": keep_pixels,
+    **about,
+  }
+  kept = Partial(f"{output}.partial", settings)
+  looks = run.look(looking, images, kept, keep_pixels=keep_pixels)
+  more = {}
+  if args.reconstruct:
+    pairs = (
+      (next(images.originals.batches(len(part["pixels"]), at)), part["pixels"])
+      for at, part in kept.numbered()
+    )
+    more = measure.psnr_and_ssim(pairs)
+  stated = args.count or (_STATED if args.inception else images.count)
+  if args.reconstruct or looking.network.names.distance != "FID":
+    stated = args.count or images.count
+  found = run.to_receipt(
+    looking,
+    images,
+    looks,
+    against,
+    stated=stated,
+    forced=args.force,
+    shuffle=args.seed if args.shuffle else None,
+    more=more,
+    **about,
+  )
+  if args.save_npz:
+    pixels = (part["pixels"] for part in kept.parts())
+    labels = getattr(images, "labels", None)
+    image_sets.write_archive(args.save_npz, pixels, images, labels)
+  kept.remove()
+  return found
+
+
+def _print(found: dict) -> None:
+  for name, value in found["numbers"].items():
+    print(f"{name}  {value:.4f}")
+  for line in found["warnings"]:
+    print(f"warning: {line}")
+
+
+class _Progress:
+  """A line now and then, with what is left of the time."""
+
+  def __call__(self, done: int, of: int, began: int) -> None:
+    now = time.monotonic()
+    if done == began:
+      self._since = self._told = now
+      return
+    if now - self._told < _TELL_EVERY and done < of:
+      return
+    self._told = now
+    rate = (done - began) / max(now - self._since, 1e-9)
+    left = datetime.timedelta(seconds=int((of - done) / rate))
+    print(f"{done}/{of} images  {rate:.1f}/s  eta {left}", flush=True)

@@ -1,0 +1,98 @@
+"""Features that a measurement has so far, so that a killed one goes on.
+
+    FOLDER/settings.json    what they are of
+    FOLDER/000000.npz ..    features of images from that number on
+
+A part is written aside and gets its name when it is whole.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from var_jax import files
+
+Part = Mapping[str, np.ndarray]
+
+
+class Partial:
+  def __init__(self, folder: epath.PathLike, settings: Mapping[str, Any]):
+    """Begin, or go on where the same settings have been left.
+
+    Raises:
+      ValueError: the folder has features of other settings.
+    """
+    self.folder = files.absolute(folder)
+    # As JSON gives it back.
+    settings = json.loads(json.dumps(settings))
+    path = self.folder / "settings.json"
+    if path.exists() and files.read_json(path) != settings:
+      raise ValueError(
+        f"{self.folder} has what an interrupted measurement with other settings"
+        " left; remove it, or give those."
+      )
+    self.folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, settings)
+    self._waiting, self._waiting_count = [], 0
+    self._saved = self._whole_parts()
+
+  @property
+  def count(self) -> int:
+    """Images that are kept on disk, the first ones."""
+    return self._saved
+
+  def add(self, part: Part) -> None:
+    """Take the features of the next images; `save` keeps them."""
+    self._waiting.append(part)
+    self._waiting_count += len(part["pooled_BD"])
+
+  def save(self) -> None:
+    if not self._waiting:
+      return
+    names = self._waiting[0]
+    merged = {
+      name: np.concatenate([part[name] for part in self._waiting])
+      for name in names
+    }
+    data = io.BytesIO()
+    np.savez(data, **merged)
+    files.write_bytes(self.folder / _name(self._saved), data.getvalue())
+    self._saved += self._waiting_count
+    self._waiting, self._waiting_count = [], 0
+
+  def parts(self) -> Iterator[Part]:
+    """Yield what was saved, in order."""
+    for _, part in self.numbered():
+      yield part
+
+  def numbered(self) -> Iterator[tuple[int, Part]]:
+    """Yield them with the number of the first image of each."""
+    at = 0
+    while (path := self.folder / _name(at)).exists():
+      part = _read(path)
+      yield at, part
+      at += len(part["pooled_BD"])
+
+  def remove(self) -> None:
+    self.folder.rmtree(missing_ok=True)
+
+  def _whole_parts(self) -> int:
+    return sum(len(part["pooled_BD"]) for part in self.parts())
+
+
+def _name(start: int) -> str:
+  return f"{start:08d}.npz"
+
+
+def _read(path: epath.Path) -> dict[str, np.ndarray]:
+  try:
+    with np.load(io.BytesIO(path.read_bytes())) as arrays:
+      return dict(arrays)
+  except (ValueError, OSError, EOFError) as error:
+    raise ValueError(
+      f"{path} cannot be read ({error}); remove {path.parent} and begin anew."
+    ) from None

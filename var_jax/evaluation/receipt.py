@@ -1,0 +1,130 @@
+"""What a number was measured by, beside the number.
+
+A receipt is JSON: numbers by name, and everything they depend on. What would
+make a number of another kind is refused; forced, the number has another name.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from var_jax import files
+from var_jax.ledger import provenance
+
+VERSION = 1
+# Runs of one class that are so many times longer than chance are no accident.
+SORTED = 3.0
+
+# What two receipts must share, and what is said if they do not.
+_SAME = {
+  "features.sha256": "another feature network",
+  "features.resize": "another way of resizing",
+  "reference.sha256": "another reference",
+  "reference.split": "another split of the reference",
+  "reference.transform": "another crop of the reference",
+  "images.count": "another number of images",
+  "images.shape": "another size",
+}
+
+
+class Reason(NamedTuple):
+  """Why some measures are not what their names say."""
+
+  suffix: str  # of their names, if they are taken anyway
+  measures: tuple[str, ...]  # all of them if empty
+  text: str  # what is wrong, and the remedy
+
+
+def applied(
+  numbers: Mapping[str, float], reasons: Sequence[Reason], forced: bool
+) -> dict[str, float]:
+  """Return the numbers by the names that they may have.
+
+  Raises:
+    ValueError: there is a reason against a measure, and it is not forced.
+  """
+  against = [
+    reason
+    for reason in reasons
+    if any(_concerns(reason, name) for name in numbers)
+  ]
+  if against and not forced:
+    raise ValueError(
+      f"{'; '.join(reason.text for reason in against)}. --force measures it "
+      "all the same, under another name."
+    )
+  named = {}
+  for name, value in numbers.items():
+    suffixes = [r.suffix for r in against if _concerns(r, name)]
+    named["_".join([name, *suffixes])] = value
+  return named
+
+
+def _concerns(reason: Reason, name: str) -> bool:
+  return not reason.measures or name in reason.measures
+
+
+def make(
+  numbers: Mapping[str, float],
+  *,
+  forced: Iterable[Reason] = (),
+  warnings: Sequence[str] = (),
+  **depends: Any,
+) -> dict[str, Any]:
+  """Return a receipt.
+
+  Args:
+    depends: features, reference, images, order, sampler, checkpoint: what the
+      numbers depend on, as JSON.
+  """
+  here = provenance.describe({})
+  return {
+    "format_version": VERSION,
+    "numbers": dict(numbers),
+    **depends,
+    "forced": [reason.text for reason in forced],
+    "warnings": list(warnings),
+    "code": {k: v for k, v in here["code"].items() if k != "files"},
+    "packages": here["packages"],
+    "devices": here["devices"],
+  }
+
+
+def read(path: epath.PathLike) -> dict[str, Any]:
+  """Return a receipt.
+
+  Raises:
+    ValueError: it is none.
+  """
+  found = files.read_json(files.absolute(path))
+  if not isinstance(found, dict) or found.get("format_version") != VERSION:
+    raise ValueError(
+      f"{path} is no receipt of format {VERSION}; give what `var-jax evaluate` "
+      "wrote."
+    )
+  return found
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+  """Return why the numbers of two receipts may not be compared, a line each."""
+  lines = []
+  for name, what in _SAME.items():
+    pair = [json.dumps(_at(receipt, name)) for receipt in (a, b)]
+    if pair[0] != pair[1]:
+      lines.append(f"{what}: {name} is {pair[0]} and {pair[1]}")
+  for which, receipt in (("first", a), ("second", b)):
+    lines += [f"the {which} was forced: {text}" for text in receipt["forced"]]
+  if not set(a["numbers"]) & set(b["numbers"]):
+    lines.append(
+      f"no measure in common: {', '.join(a['numbers'])} and "
+      f"{', '.join(b['numbers'])}"
+    )
+  return lines
+
+
+def _at(receipt: Mapping, name: str) -> Any:
+  for part in name.split("."):
+    receipt = receipt.get(part, {}) if isinstance(receipt, Mapping) else {}
+  return None if receipt == {} else receipt

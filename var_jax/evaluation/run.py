@@ -1,0 +1,294 @@
+"""A measurement: images in, a receipt out.
+
+images -network-> features, kept part by part -> numbers -> receipt
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from var_jax import files
+from var_jax.evaluation import (
+  adm_reference,
+  image_sets,
+  inception,
+  measure,
+  networks,
+  receipt,
+)
+from var_jax.evaluation.image_sets import ImageSet
+from var_jax.evaluation.measure import Looks, Reference
+from var_jax.evaluation.networks import Network
+from var_jax.evaluation.partial import Partial
+from var_jax.evaluation.receipt import Reason
+
+_SAVE_EVERY = 30.0  # seconds
+
+# Takes (images done, of all, those that were done before).
+Progress = Callable[[int, int, int], None]
+
+
+class Looking(NamedTuple):
+  """How a network looks at images."""
+
+  network: Network
+  mesh: jax.sharding.Mesh
+  batch_size: int
+  progress: Progress = lambda done, of, began: None
+
+
+class Against(NamedTuple):
+  """What images are compared with, and what a receipt says of it."""
+
+  reference: Reference
+  about: Mapping[str, Any]
+
+
+def look(
+  looking: Looking,
+  images: ImageSet,
+  kept: Partial | None = None,
+  *,
+  keep_pixels: bool = False,
+) -> Looks:
+  """Return what a network sees in a set.
+
+  Args:
+    kept: what an interrupted look left; it goes on from there.
+    keep_pixels: whether `kept` keeps the images too.
+
+  Raises:
+    ValueError: the images cannot be read.
+  """
+  start = kept.count if kept else 0
+  done, saved, parts = start, time.monotonic(), []
+  looking.progress(done, images.count, start)
+  size = looking.batch_size
+  batches = images.batches(size, start)
+  for pixels, features in networks.extract(
+    looking.network, batches, size, looking.mesh
+  ):
+    part = features.present() | ({"pixels": pixels} if keep_pixels else {})
+    done += len(pixels)
+    if kept is None:
+      parts.append(part)
+    else:
+      kept.add(part)
+      if time.monotonic() - saved > _SAVE_EVERY:
+        kept.save()
+        saved = time.monotonic()
+    looking.progress(done, images.count, start)
+  if kept:
+    kept.save()
+  return measure.gather(kept.parts() if kept else parts)
+
+
+def against_images(
+  looking: Looking,
+  images: ImageSet,
+  split: str,
+  shape: tuple[int, int, int],
+) -> Against:
+  """Return a set as a reference.
+
+  Args:
+    split: "train" or "val", or "" where nobody says.
+    shape: of the images that are to be compared with it.
+
+  Raises:
+    ValueError: its images are of another size, or cannot be read.
+  """
+  _check_sizes(images.name, images.shape, shape)
+  looks = look(looking, images)
+  about = {
+    "name": images.name,
+    "sha256": images.checksum(),
+    "split": split,
+    "count": images.count,
+    "transform": getattr(images, "transform", None),
+  }
+  return Against(measure.as_reference(looks), about)
+
+
+def against_statistics(
+  looking: Looking, path: str, split: str, shape: tuple[int, int, int]
+) -> Against:
+  """Return the statistics in an .npz of ADM as a reference.
+
+  Arguments and errors as of `against_images`; they have to be of the network.
+  """
+  if looking.network.names.distance != "FID":
+    raise ValueError(
+      f"{path} has statistics of Inception, and the features are a "
+      "classifier's; give --inception, or a reference of images."
+    )
+  pooled, spatial, has_images = adm_reference.read(
+    path, inception.POOLED, inception.SPATIAL
+  )
+  near = None
+  if has_images:
+    some = image_sets.Archive(epath.Path(path))
+    _check_sizes(path, some.shape, shape)
+    near = look(looking, some).pooled_ND
+  about = {
+    "name": path,
+    "sha256": files.sha256(path),
+    "split": split,
+    "count": None,  # it does not say
+    "neighbours": None if near is None else len(near),
+  }
+  return Against(Reference(pooled, spatial, near), about)
+
+
+def check_suits(looking: Looking, images: ImageSet) -> None:
+  """Raise ValueError if the network does not take images of that size."""
+  suits = looking.network.shape
+  if suits and images.shape != suits:
+    raise ValueError(
+      f"{images.name} has images of {_size(images.shape)}, and the classifier "
+      f"is of {_size(suits)}; bring them to that size, or fit another."
+    )
+
+
+def _check_sizes(name: str, here, there) -> None:
+  if here != there:
+    raise ValueError(
+      f"the reference {name} has images of {_size(here)}, and those to measure "
+      f"are of {_size(there)}; bring both to one size."
+    )
+
+
+def to_receipt(
+  looking: Looking,
+  images: ImageSet,
+  looks: Looks,
+  against: Against,
+  *,
+  stated: int,
+  forced: bool = False,
+  shuffle: int | None = None,
+  more: Mapping[str, float] | None = None,
+  **depends: Any,
+) -> dict[str, Any]:
+  """Return the numbers of a set, and what they depend on.
+
+  Args:
+    stated: how many images there should be.
+    shuffle: the seed of an order for IS, in place of the set's own.
+    more: other measures.
+    depends: what a receipt also says, as JSON.
+
+  Raises:
+    ValueError: a number would not be what its name says, and is not forced.
+  """
+  network = looking.network
+  order = {"rule": _ORDERS.get(images.kind, "as read")}
+  if shuffle is not None:
+    looks, order = (
+      measure.shuffled(looks, shuffle),
+      {"rule": f"features shuffled by seed {shuffle}"},
+    )
+  order["sortedness"] = round(measure.sortedness(looks.judged_N), 2)
+  reasons = _reasons(images, looks, network, against, stated)
+  numbers = measure.compare(looks, against.reference, network.names)
+  if images.kind == "reconstructed":
+    numbers = {_REBUILT.get(name, name): x for name, x in numbers.items()}
+  named = receipt.applied({**numbers, **(more or {})}, reasons, forced)
+  return receipt.make(
+    named,
+    forced=reasons,
+    warnings=_warnings(images, looks, network),
+    features=network.about,
+    reference=against.about,
+    images={
+      "kind": images.kind,
+      "name": images.name,
+      "sha256": images.checksum(),
+      "count": images.count,
+      "shape": list(images.shape),
+      "lossy": images.lossy,
+    },
+    order=order,
+    **depends,
+  )
+
+
+_ORDERS = {
+  "drawn": "labels shuffled by the seed",
+  "dataset": "shuffled by seed 0",
+  "reconstructed": "shuffled by seed 0",
+}
+# Of reconstructions, as the field calls it.
+_REBUILT = {"FID": "rFID", "sFID": "rsFID"}
+
+
+def _reasons(
+  images: ImageSet, looks: Looks, network: Network, against: Against, stated
+) -> list[Reason]:
+  """Return why measures are not what they are called."""
+  names, found = network.names, []
+  if not network.official:
+    found.append(
+      Reason(
+        "other_weights",
+        (),
+        "the weights of Inception are not those of published numbers, "
+        "pt_inception-2015-12-05-6726825d.pth",
+      )
+    )
+  if images.count < stated:
+    found.append(
+      Reason(
+        "few_images",
+        (),
+        f"{images.name} has {images.count} images and {stated} are stated; "
+        f"give more, or --count {images.count}",
+      )
+    )
+  times = measure.sortedness(looks.judged_N)
+  if times > receipt.SORTED:
+    found.append(
+      Reason(
+        "class_sorted",
+        (names.score,),
+        f"{images.name} is sorted by class ({times:.0f} times as much as by "
+        f"chance), and {names.score} is of parts of {measure.SPLIT}; give "
+        "--shuffle",
+      )
+    )
+  if images.kind == "reconstructed" and against.about["split"] != "val":
+    what = against.about["split"] or "images of an unnamed split"
+    found.append(
+      Reason(
+        "other_statistics",
+        tuple(_REBUILT.get(n, n) for n in (names.distance, "sFID")),
+        f"reconstructions of held-out images are compared with {what}; leave "
+        "--reference out, or say --reference-split val",
+      )
+    )
+  return found
+
+
+def _warnings(images: ImageSet, looks: Looks, network: Network) -> list[str]:
+  """Return a line on each thing that makes numbers worse than they seem."""
+  lines, dimensions = [], looks.pooled_ND.shape[1]
+  name = network.names.distance
+  if images.count < dimensions:
+    lines.append(
+      f"{images.count} images are fewer than the {dimensions} dimensions of "
+      f"the features, so {name} is biased upwards: two halves of them, of one "
+      f"distribution, are {measure.half_distance(looks):.3g} apart"
+    )
+  if images.lossy:
+    lines.append(
+      f"{images.name} has JPEG or the like, which changes pixels and so {name};"
+      " use PNG"
+    )
+  return lines
+
+
+def _size(shape) -> str:
+  return "x".join(map(str, shape))

@@ -1,0 +1,104 @@
+"""Receipts of one model under many settings, and which of them are best."""
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from var_jax import files
+from var_jax.evaluation import receipt
+
+Receipts = Mapping[str, Mapping[str, Any]]
+
+
+def again(path: epath.PathLike, about: Mapping[str, Any]) -> dict[str, Any]:
+  """Return a receipt that an earlier call wrote.
+
+  Raises:
+    ValueError: it is of other settings.
+  """
+  found = receipt.read(path)
+  for name, value in about.items():
+    # As JSON has them, tuples are lists.
+    if found.get(name) != _plain(value):
+      raise ValueError(
+        f"{path} is of another {name}; name a new folder for this sweep."
+      )
+  return found
+
+
+def best(points_N2: np.ndarray) -> np.ndarray:
+  """Return the rows that no other beats at both, in order of the first.
+
+  The first column is better the lower, the second the higher.
+  """
+  order = np.lexsort((-points_N2[:, 1], points_N2[:, 0]))
+  kept, highest = [], -np.inf
+  for i in order:
+    if points_N2[i, 1] > highest:
+      kept.append(i)
+      highest = points_N2[i, 1]
+  return np.asarray(kept)
+
+
+def write(
+  folder: epath.PathLike, receipts: Receipts, distance: str, score: str
+) -> None:
+  """Write sweep.json and sweep.png, the score over the distance."""
+  folder = files.absolute(folder)
+  names = list(receipts)
+  points_N2 = np.array(
+    [
+      [_number(receipts[name], measure) for measure in (distance, score)]
+      for name in names
+    ]
+  )
+  kept = best(points_N2)
+  content = {
+    "measures": [distance, score],
+    "points": dict(zip(names, points_N2.tolist(), strict=True)),
+    "best": [names[i] for i in kept],
+  }
+  files.write_json(folder / "sweep.json", content)
+  files.write_bytes(
+    folder / "sweep.png", _plot(names, points_N2, kept, distance, score)
+  )
+
+
+def _number(found: Mapping[str, Any], measure: str) -> float:
+  """Return a number, by its forced name too."""
+  for name, value in found["numbers"].items():
+    if name == measure or name.startswith(f"{measure}_"):
+      return value
+  raise ValueError(f"a receipt has no {measure}; measure anew.")
+
+
+def _plot(names, points_N2, kept, distance: str, score: str) -> bytes:
+  try:
+    import matplotlib
+  except ImportError:
+    raise ValueError(
+      "a sweep draws with matplotlib, which is missing; install var-jax[bench]."
+    ) from None
+  matplotlib.use("agg")
+  import matplotlib.pyplot as plt
+
+  figure, axes = plt.subplots(figsize=(7, 5))
+  axes.plot(*points_N2[kept].T, "-", color="#277f8e")
+  axes.plot(*points_N2.T, "o", color="#440154")
+  for name, point in zip(names, points_N2, strict=True):
+    how = dict(xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.annotate(name, point, **how)
+  axes.set(xlabel=f"{distance} (lower is better)", ylabel=f"{score} (higher)")
+  data = io.BytesIO()
+  figure.tight_layout()
+  figure.savefig(data, format="png", dpi=120)
+  plt.close(figure)
+  return data.getvalue()
+
+
+def _plain(value):
+  return json.loads(json.dumps(value))
