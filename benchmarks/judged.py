@@ -12,26 +12,22 @@ scales.png and judged.json.
 """
 
 import argparse
-import functools
 import json
 import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
 
 import var_jax
 from var_jax import demo, files, images
 from var_jax.data import sources, transforms
+from var_jax.evaluation import classifier, measure
 
 SAMPLES_A_CLASS = 100
 SAMPLES_AT_ONCE = 250
-NETWORK = dict(epochs=6, batch_size=128, learning_rate=2e-3)
 SVM = dict(cells=16, components=100, C=10.0)
 
 Judge = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> labels [B]
@@ -56,7 +52,12 @@ def main():
   shape = model.config.tokenizer.image_shape
   train, test = (read_images(path, shape) for path in (args.train, args.test))
   fit = {"network": fit_network, "svm": fit_svm}[args.judge]
-  settings = {"network": NETWORK, "svm": SVM}[args.judge]
+  settings = {"network": {}, "svm": SVM}[args.judge]
+  for name, (_, labels) in (("train", train), ("test", test)):
+    missing = set(range(len(model.class_names))) - set(labels.tolist())
+    if missing:
+      words = ", ".join(model.class_names[c] for c in sorted(missing))
+      raise SystemExit(f"--{name} has no image of {words}; give some of each.")
   judge = fit(*train)
   judged = time.process_time()
   sampling = dict(guidance=args.guidance, top_k=args.top_k, top_p=args.top_p)
@@ -84,7 +85,7 @@ def main():
     "cpu_seconds": round(time.process_time() - start),
   }
   write_pictures(
-    output, model, args.seed, sampling, train, test, labels, pixels
+    output, model, args.seed, sampling, train, test, labels, pixels, compared
   )
   files.write_json(output / "judged.json", record)
   print(json.dumps(record, indent=2))
@@ -103,72 +104,10 @@ def read_images(path: str, shape: tuple[int, int]):
   return np.stack(pixels), np.asarray(source.labels)
 
 
-class Network(nn.Module):
-  """The judge: three convolutions on blocks of 2x2 pixels, and two layers."""
-
-  num_classes: int
-
-  @nn.compact
-  def __call__(self, x_BHW1: jax.Array, key: jax.Array | None = None):
-    B, H, W, _ = x_BHW1.shape
-    # Pixels of a block become channels: pooling is slow on CPU.
-    x = x_BHW1.reshape(B, H // 2, 2, W // 2, 2).transpose(0, 1, 3, 2, 4)
-    x = x.reshape(B, H // 2, W // 2, 4)
-    for features, stride in ((32, 1), (64, 2), (128, 2)):
-      x = nn.relu(nn.Conv(features, (3, 3), stride)(x))
-    x = nn.relu(nn.Dense(128)(x.reshape(B, -1)))
-    x = nn.Dropout(0.4)(x, deterministic=key is None, rng=key)
-    return nn.Dense(self.num_classes)(x)
-
-
 def fit_network(pixels_BHW3: np.ndarray, labels_B: np.ndarray) -> Judge:
   """Return a classifier of such images by their grey values."""
-  epochs, batch_size = NETWORK["epochs"], NETWORK["batch_size"]
-  if len(pixels_BHW3) < batch_size:
-    raise SystemExit(
-      f"{len(pixels_BHW3)} images are less than a batch of the network, "
-      f"{batch_size}; use more."
-    )
-  network = Network(int(labels_B.max()) + 1)
-  grey_BHW1 = _grey(pixels_BHW3)
-  steps_an_epoch = len(grey_BHW1) // batch_size
-  optimizer = optax.adamw(
-    optax.cosine_onecycle_schedule(
-      epochs * steps_an_epoch, NETWORK["learning_rate"]
-    )
-  )
-  params = jax.jit(network.init)(jax.random.key(0), grey_BHW1[:1])
-
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, opt_state, x_BHW1, labels_B, key):
-    def loss_fn(params):
-      logits_BC = network.apply(params, x_BHW1, key)
-      return jnp.mean(
-        optax.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B)
-      )
-
-    grads = jax.grad(loss_fn)(params)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-  rng, opt_state = np.random.default_rng(0), optimizer.init(params)
-  for epoch in range(epochs):
-    order = rng.permutation(len(grey_BHW1))
-    for k in range(steps_an_epoch):
-      rows = order[k * batch_size : (k + 1) * batch_size]
-      key = jax.random.fold_in(jax.random.key(1), epoch * steps_an_epoch + k)
-      params, opt_state = step(
-        params, opt_state, grey_BHW1[rows], labels_B[rows], key
-      )
-
-  predict = jax.jit(lambda x_BHW1: network.apply(params, x_BHW1).argmax(-1))
-
-  def judge(pixels_BHW3):
-    grey_BHW1 = _grey(pixels_BHW3)
-    parts = range(0, len(grey_BHW1), 1000)
-    return np.concatenate([predict(grey_BHW1[i : i + 1000]) for i in parts])
-
-  return judge
+  fitted = classifier.fit(demo.grey(pixels_BHW3), labels_B)
+  return lambda pixels: fitted.logits(demo.grey(pixels)).argmax(axis=1)
 
 
 def fit_svm(pixels_BHW3: np.ndarray, labels_B: np.ndarray) -> Judge:
@@ -213,6 +152,7 @@ def accuracies(predicted_B: np.ndarray, labels_B: np.ndarray) -> dict[str, Any]:
   classes = [float(right_B[labels_B == c].mean()) for c in np.unique(labels_B)]
   return {
     "accuracy": float(right_B.mean()),
+    "mean_class_accuracy": float(np.mean(classes)),
     "worst_class_accuracy": min(classes),
     "class_accuracy": classes,
   }
@@ -222,9 +162,8 @@ def measure_reconstructions(model, judge: Judge, pixels, labels):
   """Return what the tokenizer keeps of the first thousand images."""
   real, labels = pixels[:1000], labels[:1000]
   again = _reconstruct(model, real)
-  error = np.mean(np.square(again.astype(np.float64) - real))
   return {
-    "psnr": float(10 * np.log10(255**2 / error)),
+    **measure.psnr_and_ssim([(real, again)]),
     **accuracies(judge(again), labels),
   }
 
@@ -242,15 +181,21 @@ def novelty(pixels, labels, train, test) -> float:
   return float(np.mean(classes))
 
 
-def write_pictures(output, model, seed, sampling, train, test, labels, pixels):
-  """Write samples, neighbours, reconstructions and scales, each a .png."""
+def write_pictures(
+  output, model, seed, sampling, train, test, labels, pixels, compared
+):
+  """Write samples, neighbours, reconstructions and scales, each a .png.
+
+  Args:
+    compared: what of images is looked at to find the nearest.
+  """
   names, classes = model.class_names, np.arange(len(model.class_names))
   rows = [list(pixels[labels == c][:10]) for c in classes]
   _write(output / "samples.png", rows, names)
-  pairs = []
+  pairs, real = [], compared(train[0])
   for row in rows:
-    drawn = np.stack(row)
-    nearest = demo.distances(drawn, train[0]).argmin(axis=1)
+    drawn = compared(np.stack(row))
+    nearest = demo.distances(drawn, real).argmin(axis=1)
     pairs += [row, list(train[0][nearest])]
   names_of_pairs = [word for name in names for word in (name, "nearest")]
   _write(output / "neighbours.png", pairs, names_of_pairs)
@@ -268,10 +213,6 @@ def write_pictures(output, model, seed, sampling, train, test, labels, pixels):
 def _reconstruct(model, pixels_BHW3: np.ndarray) -> np.ndarray:
   tokens_BL = model.encode(images.to_float(pixels_BHW3))
   return images.to_uint8(model.decode(tokens_BL))
-
-
-def _grey(pixels_BHW3: np.ndarray) -> np.ndarray:
-  return images.to_float(pixels_BHW3).mean(axis=-1, keepdims=True)
 
 
 def _write(path, rows, names) -> None:

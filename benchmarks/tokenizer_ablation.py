@@ -4,9 +4,10 @@
 
 The archive holds `images` (uint8, RGB), `labels` and `class_names`. A tenth of
 it is held out. All rows take the same steps over the same batches. Writes
-DIR/ROW, a workdir whose report.html has pictures, ablation.json, to which rows
-of a later call are added, and reconstructions.png: held-out images, and what
-each row makes of all scales and of the first three.
+DIR/ROW, a workdir whose report.html has pictures, ablation.json, and
+reconstructions.png: held-out images, and what each row makes of all scales and
+of the first three. A later call goes on with rows that are missing or were
+interrupted.
 """
 
 import argparse
@@ -61,32 +62,30 @@ def main():
   for name in asked:
     if name not in ROWS:
       raise SystemExit(f"row {name!r} is not one of {', '.join(ROWS)}.")
-    files.check_new(output / name)
   if args.steps < 0:
     raise SystemExit(f"steps {args.steps} is negative; 0 takes the preset's.")
   source = sources.open_source(f"npz:{args.data}", "train")
-  settings = dict(_OFF)
   steps = args.steps or presets.get_config("emoji64").steps
   same = {
     "steps": steps,
     "data": hashlib.sha256(source.images.tobytes()).hexdigest(),
   }
   before = output / "ablation.json"
-  record = json.loads(before.read_text()) if before.exists() else {}
+  record = files.read_json(before) if before.exists() else {}
   for name, row in record.items():
-    for key, value in same.items():
-      if row[key] != value:
+    for key, value in {**same, "settings": settings_of(name)}.items():
+      if row.get(key) != value:
         raise SystemExit(
-          f"row {name} of {output} has {key} {row[key]}, not {value}; use "
+          f"row {name} of {output} has {key} {row.get(key)}, not {value}; use "
           "another folder."
         )
   output.mkdir(parents=True, exist_ok=True)
   split(source, output)
   held_out = np.load(output / "held_out.npz")["images"]
-  for name, more in ROWS.items():
-    settings |= more
-    if name not in asked:
+  for name in ROWS:
+    if name not in asked or name in record:
       continue
+    settings = settings_of(name)
     config = presets.get_config("emoji64")
     config.update_from_flattened_dict(settings)
     config.data.source = f"npz:{output / 'train.npz'}"
@@ -97,7 +96,7 @@ def main():
     record[name] = {
       "minutes": round((time.monotonic() - begin) / 60, 1),
       **same,
-      "settings": dict(settings),
+      "settings": settings,
       **last_evaluation(output / name),
     }
     record = {row: record[row] for row in ROWS if row in record}
@@ -106,6 +105,16 @@ def main():
   compare(output, record, held_out)
   files.write_json(output / "ablation.json", record)
   print(table(record))
+
+
+def settings_of(row: str) -> dict:
+  """Return what a row changes of the preset: its own, and those above it."""
+  settings = dict(_OFF)
+  for name, more in ROWS.items():
+    settings |= more
+    if name == row:
+      return settings
+  raise ValueError(f"row {row!r} is not one of {', '.join(ROWS)}.")
 
 
 def split(source, output: epath.Path) -> None:

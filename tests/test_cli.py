@@ -3,6 +3,8 @@
 import dataclasses
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import golden_files
 import jax
@@ -49,6 +51,28 @@ def assert_one_line(capsys, *parts):
   assert err.count("\n") == 1 and err.startswith("var-jax: ")
   for part in parts:
     assert part in err
+
+
+def test_an_interrupted_process_ends_at_once_with_a_line():
+  code = """
+import atexit, os, signal, time
+from var_jax import cli
+
+def command(argv):
+  print("what was printed")
+  os.kill(os.getpid(), signal.SIGINT)
+  time.sleep(60)
+
+atexit.register(print, "Python ends as usual")
+cli._run = command
+cli.run()
+"""
+  found = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+  )
+  assert found.returncode == 1
+  assert found.stdout == "what was printed\n"
+  assert found.stderr == "var-jax: interrupted\n"
 
 
 def test_sample_writes_a_row_per_label(workdir, tmp_path):

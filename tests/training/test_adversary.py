@@ -188,7 +188,7 @@ def test_one_step_of_the_discriminator_is_that_of_numpy():
   "fields, message",
   [
     (dict(weight=-1.0), r"weight -1.0 is not in \[0, inf\)"),
-    (dict(start=-1), r"start -1 is not in \[0, inf\)"),
+    (dict(start=-1), r"start -1 is below 0; 0 is from"),
     (dict(lecam=-0.1), r"lecam -0.1 is not in \[0, inf\)"),
     (dict(weight=float("inf")), r"weight inf is not in \[0, inf\)"),
     (dict(lecam_decay=1.0), "lecam_decay 1.0 is not in"),

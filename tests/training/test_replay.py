@@ -12,7 +12,7 @@ import pytest
 
 from configs import tokenizer as presets
 from var_jax import cli
-from var_jax.training import loop, replay
+from var_jax.training import checks, loop, replay
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -76,6 +76,18 @@ def test_a_clean_run_is_equal_bit_for_bit(run, capsys, first, last):
   assert f"steps {first}..{last} are equal, bit for bit" in out
   assert "not as it was" not in out
   assert {p: p.stat().st_mtime_ns for p in run[0].rglob("*")} == before
+
+
+def test_a_run_of_before_a_setting_came_is_replayed(run, monkeypatch):
+  now = checks.run_config
+
+  def later(kind):
+    config = now(kind)
+    config.came_later = ""
+    return config
+
+  monkeypatch.setattr(checks, "run_config", later)
+  assert len(list(replay.Replay(run[0], 2, 2).verdicts())) == 1
 
 
 def test_one_flipped_pixel_is_named(run, capsys):

@@ -10,8 +10,9 @@ import tiny_models
 
 from var_jax import images
 from var_jax.evaluation import inception
-from var_jax.models import quantizer
-from var_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from var_jax.evaluation.statistics import Moments
+from var_jax.models import perceptual, quantizer
+from var_jax.models.tokenizer import Tokenizer
 from var_jax.training import evaluation, tokenizer_eval, tokenizer_step
 
 CFG = tiny_models.tokenizer_config((1, 3, 6))
@@ -111,24 +112,20 @@ def test_each_scale_has_its_health():
   assert found["code_share"] == used
 
 
-def test_lpips_is_measured_where_there_are_weights():
+def test_lpips_is_measured_where_there_are_weights(monkeypatch):
+  """A stand-in for the distance, which has its own tests."""
   variables, image_BHW3, sums = evaluated()
   assert "lpips" not in sums
-  from var_jax.models import perceptual
 
-  wide = TokenizerConfig(**{**vars(CFG), "scales": (1, 8)})
-  tokenizer = Tokenizer(wide)
-  keys = iter(jax.random.split(jax.random.key(1), 40))
-  weights = {
-    name: 0.05 * jax.random.normal(next(keys), shape)
-    for name, shape in perceptual.shapes().items()
-  }
-  image = jnp.zeros((2, *wide.image_shape, 3), jnp.uint8)
-  sums = jax.eval_shape(
-    tokenizer_eval.make_eval_step(tokenizer, with_lpips=True),
-    variables, {"lpips": weights}, {"image": image, "real": jnp.ones(2, bool)},
-  )  # fmt: skip
-  assert sums["lpips"].shape == ()
+  def distance(weights, a_BHW3, b_BHW3):
+    return weights["gain"] * jnp.mean(a_BHW3 - 2 * b_BHW3, axis=(1, 2, 3))
+
+  monkeypatch.setattr(perceptual, "distance", distance)
+  eval_step = tokenizer_eval.make_eval_step(TOKENIZER, with_lpips=True)
+  sums = jax.jit(eval_step)(variables, {"lpips": {"gain": 3.0}}, batch())
+  again_BHW3, _ = jax.jit(TOKENIZER.apply)(variables, image_BHW3)
+  expected = 3 * (again_BHW3 - 2 * image_BHW3).mean(axis=(1, 2, 3)).sum()
+  np.testing.assert_allclose(sums["lpips"], expected, rtol=1e-4)
 
 
 def test_rfid_is_of_the_features_of_pixels_before_and_after():
@@ -171,3 +168,5 @@ def test_rfid_is_of_the_features_of_pixels_before_and_after():
   rfid = tokenizer_eval.summary(means, moments)["rfid"]
   assert rfid == pytest.approx(expected, rel=1e-3)
   assert "rfid" not in tokenizer_eval.summary(means, {})
+  one = {name: Moments.of(x[:1]) for name, x in found["features"].items()}
+  assert "rfid" not in tokenizer_eval.summary(means, one)

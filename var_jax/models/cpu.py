@@ -117,7 +117,7 @@ def convolve(
     or tuple(window_strides) != (1, 1)
     or [tuple(pad) for pad in padding] != [(1, 1), (1, 1)]
     or any(d != 1 for dilation in dilations for d in dilation or ())
-    or how.get("feature_group_count", 1) != 1
+    or how.get("batch_group_count", 1) != 1
     or x_BhwZ.dtype != jnp.float32
     or min(x_BhwZ.shape[1:3]) < _MIN_SIDE
     or any(side % _TILE for side in x_BhwZ.shape[1:3])

@@ -50,7 +50,11 @@ class AdversaryConfig:
   norm_groups: int = 32
 
   def __post_init__(self):
-    for name in ("weight", "start", "lecam"):
+    if self.start < 0:
+      raise ValueError(
+        f"start {self.start} is below 0; 0 is from the first step on."
+      )
+    for name in ("weight", "lecam"):
       if not 0 <= getattr(self, name) < math.inf:
         raise ValueError(
           f"{name} {getattr(self, name)} is not in [0, inf); 0 turns it off."

@@ -3,6 +3,7 @@
 import json
 import tempfile
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -27,6 +28,16 @@ FREE_KEYS = (
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Return the config as what JSON gives back, tuples as lists."""
   return json.loads(config.to_json())
+
+
+def completed(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """Return a recorded config with the settings that came later, all off."""
+  now = run_config(config.get("kind", ""))
+  made = ml_collections.ConfigDict(config)
+  for name, value in now.items():
+    if name not in made and not value:
+      made[name] = value
+  return made
 
 
 def check_config(config) -> None:

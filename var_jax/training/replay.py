@@ -50,8 +50,10 @@ class Replay:
     self.first, self.last = first, last
     start = self.history.start_of(self.history.steps[first])
     self.recorded = start["provenance"]
-    config = ml_collections.ConfigDict(self.recorded["config"])
+    config = checks.completed(self.recorded["config"])
     checks.check_config(config)  # may be of an earlier version
+    # Nothing is evaluated, so what evaluations need may be elsewhere.
+    config.eval_every, config.inception_path = 0, ""
     self.run = setup.open_run(_tuples(config), self.workdir)
     self.causes = _causes(self, there)
 

@@ -99,7 +99,8 @@ def summary(
     "residual_energy": residual_S,
     "commitment": np.asarray(values.pop("commitment_S")),
   }
-  if moments:
+  # One image has no covariance.
+  if moments and moments["real"].count > 1:
     real, again = (moments[name].gaussian() for name in ("real", "again"))
     values["rfid"] = frechet_distance(real, again)
   values["code_share"] = np.mean(hits_SV.sum(axis=0) > 0)
