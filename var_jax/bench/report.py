@@ -37,7 +37,9 @@ def print_mapping(found: dict[str, Any], title: str) -> None:
     if not isinstance(value, dict):
       text = f"{value:.4g}" if isinstance(value, float) else str(value)
       table.add_row(name, text)
-  Console().print(table)
+  console = Console()
+  console.width = max(console.width, 110)
+  console.print(table)
 
 
 def print_growth(found: dict[str, Any]) -> None:
@@ -105,3 +107,23 @@ def _parts(record: dict[str, Any]) -> Table:
   table.add_section()
   table.add_row("all", *(f"{t:.2f}" for t in sums), f"{1e3 * sum(bounds):.2f}")
   return table
+
+
+def print_laws(found: dict[str, Any], published: dict[str, Any]) -> None:
+  """Print a row for each fitted law."""
+  table = Table(title="y = (a x)^b")
+  for column in ("y", "x", "b", "95%", "published b", "r", "points"):
+    table.add_column(column, justify="left" if column in "yx" else "right")
+  for x, by_measure in found.items():
+    for name, law in by_measure.items():
+      low, high = law["b_interval"]
+      table.add_row(
+        name,
+        x,
+        f"{law['b']:.4f}",
+        f"{low:.4f} .. {high:.4f}",
+        f"{published[x][name][1]}",
+        f"{law['correlation']:.3f}",
+        str(law["points"]),
+      )
+  Console().print(table)

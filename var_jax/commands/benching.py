@@ -1,4 +1,4 @@
-"""`var-jax bench sample` and `var-jax bench train`."""
+"""`var-jax bench sample`, `var-jax bench train`, `var-jax bench scaling`."""
 
 import argparse
 import importlib.util
@@ -62,6 +62,26 @@ def add(commands) -> None:
   )
   _add_measuring(train)
   train.set_defaults(run=_train)
+  _add_scaling(what)
+
+
+def _add_scaling(what) -> None:
+  scaling = what.add_parser(
+    "scaling",
+    help="train a ladder of sizes and fit power laws",
+    usage="var-jax bench scaling --config configs/scaling.py[:PRESET] --output "
+    "DIR [--config.a.b=value ...]",
+  )
+  scaling.add_argument(
+    "--config", required=True, help="configs/scaling.py:fashion32"
+  )
+  scaling.add_argument(
+    "--output",
+    required=True,
+    help="a folder for a workdir each, scaling.json and scaling.png; called "
+    "again it goes on",
+  )
+  scaling.set_defaults(run=_scaling)
 
 
 def _add_measuring(parser) -> None:
@@ -111,9 +131,8 @@ def _sample(args) -> None:
     raise UsageError("bench sample takes no --config; see --help.")
   if args.plot and not args.growth:
     raise UsageError("--plot draws what --growth measures; give both.")
-  if args.plot and importlib.util.find_spec("matplotlib") is None:
-    raise UsageError("--plot needs matplotlib; pip install 'var-jax[bench]'.")
   if args.plot:
+    _check_matplotlib("--plot")
     plot = pathlib.Path(args.plot)
     if plot.suffix not in (".png", ".svg") or not plot.parent.is_dir():
       raise UsageError(
@@ -173,6 +192,30 @@ def _train(args) -> None:
     found, f"a training step of {args.config} on {device['device']}"
   )
   _write(args.output, device | {"config": args.config} | found)
+
+
+def _scaling(args) -> None:
+  from var_jax import compile_cache, files
+  from var_jax.bench import report, scaling
+  from var_jax.commands.training import read_config
+
+  _check_matplotlib("bench scaling")
+  config = read_config(args.config, args.overrides)
+  scaling.check(config)
+  folder = files.absolute(args.output)
+  compile_cache.enable()
+  points = scaling.run(config, folder)
+  found = scaling.laws(points)
+  record = {"points": [p._asdict() for p in points], "laws": found}
+  files.write_json(folder / "scaling.json", _device() | record)
+  scaling.plot(points, found, str(folder / "scaling.png"))
+  report.print_laws(found, scaling.PUBLISHED)
+  print(f"wrote {folder}/scaling.json and scaling.png")
+
+
+def _check_matplotlib(what: str) -> None:
+  if importlib.util.find_spec("matplotlib") is None:
+    raise UsageError(f"{what} needs matplotlib; pip install 'var-jax[bench]'.")
 
 
 def _device() -> dict:
