@@ -109,9 +109,8 @@ def test_a_ladder_is_trained_read_again_and_fitted(tmp_path, capsys):
   assert sizes == sorted(set(sizes))
   for p, expected in zip(found["points"], (2, 4) * 3, strict=True):
     assert p["step"] == expected
-    lines = (
-      tmp_path / "out" / f"d{1 + sizes.index(p['parameters'])}"
-    ).joinpath("metrics.jsonl")
+    workdir = tmp_path / "out" / f"d{1 + sizes.index(p['parameters'])}"
+    lines = workdir / "metrics.jsonl"
     record = next(
       r
       for r in map(json.loads, lines.read_text().splitlines())

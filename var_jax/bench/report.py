@@ -126,4 +126,6 @@ def print_laws(found: dict[str, Any], published: dict[str, Any]) -> None:
         f"{law['correlation']:.3f}",
         str(law["points"]),
       )
-  Console().print(table)
+  console = Console()
+  console.width = max(console.width, 110)
+  console.print(table)
