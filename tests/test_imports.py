@@ -23,7 +23,8 @@ ALLOWED = {
     "generation",  # pictures of a run
     "checkpoints",
     "data",
-    "evaluation",  # rFID of a tokenizer's evaluations
+    "evaluation",  # rFID and the like at evaluations
+    "api",  # the model that draws for them
     "ledger",
     "parallel",
     "files",

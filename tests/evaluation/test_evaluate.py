@@ -1,6 +1,11 @@
 """`var-jax evaluate`: receipts, what is refused, what goes on after a kill."""
 
 import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -15,11 +20,11 @@ from var_jax.evaluation import (
   classifier,
   inception,
   measure,
-  networks,
   statistics,
 )
 from var_jax.evaluation.partial import Partial
 
+ROOT = pathlib.Path(__file__).parents[2]
 SIDE, CLASSES = 16, 10
 
 
@@ -156,8 +161,7 @@ def test_fewer_images_than_stated_are_refused_or_renamed(
   flags = ["--samples", folder / "val.npz", "--count", 121]
   assert by_classifier(folder, *flags, output=output) == 1
   assert "has 120 images and 121 are stated" in line(capsys)
-  # What was looked at is kept, and serves the forced measurement.
-  assert (tmp_path / "a.json.partial").exists()
+  assert not list(tmp_path.iterdir())  # it is known before one looks
   assert by_classifier(folder, *flags, "--force", output=output) == 0
   names = receipt_of(output)["numbers"]
   assert all(name.endswith("_few_images") for name in names)
@@ -254,9 +258,10 @@ def test_an_interrupted_measurement_goes_on(folder, tmp_path, monkeypatch):
 
 
 def test_what_was_left_by_other_settings_is_not_taken(folder, tmp_path, capsys):
+  pixels, labels = coloured(3, 120)
+  np.savez(tmp_path / "s.npz", arr_0=pixels[np.argsort(labels)])
   output = tmp_path / "a.json"
-  flags = ["--samples", folder / "val.npz", "--count", 121]
-  assert by_classifier(folder, *flags, output=output) == 1
+  assert by_classifier(folder, "--samples", tmp_path / "s.npz", output=output)
   capsys.readouterr()
   other = ["--samples", folder / "train.npz"]
   assert by_classifier(folder, *other, output=output) == 1
@@ -393,20 +398,48 @@ def test_sorted_classes_are_told_from_shuffled_ones(side, split):
     assert measure.sortedness(few) < 3
 
 
-def test_features_do_not_depend_on_batches_or_devices(folder, tmp_path):
-  from var_jax.parallel import mesh as mesh_lib
+def seen(folder, name, *, processes, devices):
+  """Return what each process of look.py has found."""
+  environment = dict(
+    os.environ,
+    JAX_PLATFORMS="cpu",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    PYTHONPATH=str(ROOT),
+  )
+  if processes > 1:
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      port = free.getsockname()[1]
+    environment["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+    environment["JAX_NUM_PROCESSES"] = str(processes)
+  command = [sys.executable, ROOT / "tests/evaluation/look.py", folder, name]
+  running = [
+    subprocess.Popen(command, env={**environment, "JAX_PROCESS_ID": str(i)})
+    for i in range(processes)
+  ]
+  assert [p.wait(timeout=300) for p in running] == [0] * processes
+  places = [f"@{i}" for i in range(processes)] if processes > 1 else [""]
+  return [np.load(folder / f"{name}{place}.npz") for place in places]
 
-  network = networks.open_classifier(folder / "classifier")
+
+def test_devices_and_processes_see_what_one_does(folder):
+  """Their moments are those of one pass over the features that they saw."""
   pixels = np.load(folder / "val.npz")["images"]
-  whole, mesh = classifier.features(CLASSES, network.weights, pixels), None
-  for size in (7, 64, 120):
-    mesh = mesh_lib.make_mesh()
-    batches = (pixels[i : i + size] for i in range(0, len(pixels), size))
-    found = list(networks.extract(network, batches, size, mesh))
-    seen = np.concatenate([x for x, _ in found])
-    np.testing.assert_array_equal(seen, pixels)
-    pooled_ND = np.concatenate([x.pooled_BD for _, x in found])
-    np.testing.assert_allclose(pooled_ND, whole.pooled_BD, atol=1e-4)
+  np.savez(folder / "images.npz", images=pixels)
+  weights = classifier.read(folder / "classifier")[1]
+  whole_ND = classifier.features(CLASSES, weights, pixels).pooled_BD
+  layouts = {"one": (1, 1), "eight": (1, 8), "two": (2, 2)}
+  for name, (processes, devices) in layouts.items():
+    for found in seen(folder, name, processes=processes, devices=devices):
+      assert found["devices"] == processes * devices
+      features_ND = found["features_ND"]
+      np.testing.assert_allclose(features_ND, whole_ND, atol=1e-4)
+      once = statistics.Moments.of(features_ND)
+      np.testing.assert_allclose(found["mean_D"], once.mean_D, rtol=1e-10)
+      scale = np.abs(once.scatter_DD).max()
+      np.testing.assert_allclose(
+        found["scatter_DD"], once.scatter_DD, atol=1e-10 * scale
+      )
 
 
 @pytest.mark.parametrize(
@@ -457,6 +490,14 @@ def test_features_do_not_depend_on_batches_or_devices(folder, tmp_path):
       ["--classifier", "{}/classifier", "--tokens", "a", "--samples", "b"],
       2,
       "--tokens needs --checkpoint",
+    ),
+    (
+      [
+        *("--classifier", "{}/classifier", "--samples", "{}/val.npz"),
+        *("--reference", "{}/val.npz", "--count", "100"),
+      ],
+      1,
+      "has 120 images, more than the 100 that are stated",
     ),
     (["--compare", "{}/none.json", "{}/none.json"], 1, "none.json"),
   ],

@@ -1,9 +1,8 @@
 """`var-jax evaluate`."""
 
-import datetime
 import itertools
-import time
 
+from var_jax.commands import measuring
 from var_jax.commands.arguments import (
   UsageError,
   numbers,
@@ -12,11 +11,6 @@ from var_jax.commands.arguments import (
   seed,
   temperature,
 )
-
-_SPECS = ("npz:", "folder:", "tfds:")
-_STATED = 50_000  # images, of published numbers
-_TELL_EVERY = 10.0  # seconds
-_DRAWN = 10_000  # images, where a classifier looks
 
 
 def add(commands) -> None:
@@ -164,39 +158,43 @@ def _is_sweep(args) -> bool:
 
 def _one(args) -> None:
   from var_jax import files
-  from var_jax.evaluation import run
 
   _check_file(args.output, ".json")
   if args.save_npz:
     _check_file(args.save_npz, ".npz")
-  looking, model = _opened(args)
-  how = _combinations(args)[0]
-  images, about = _images(args, looking, model, how)
-  run.check_suits(looking, images)
-  against = _against(args, looking, images)
-  found = _measured(args, looking, images, against, about, args.output)
+  looking, model = measuring.open_all(args)
+  images, about = measuring.image_set(
+    args, looking, model, _combinations(args)[0]
+  )
+  reasons = measuring.find_reasons(args, looking, images)
+  against = measuring.reference_of(args, looking, images)
+  found = measuring.to_receipt(
+    args, looking, images, against, reasons, about, args.output
+  )
   files.write_json(args.output, found)
   _print(found)
 
 
 def _sweep(args) -> None:
   from var_jax import files
-  from var_jax.evaluation import run, sweep
+  from var_jax.evaluation import sweep
 
-  looking, model = _opened(args)
+  looking, model = measuring.open_all(args)
   against, receipts = None, {}
   for how in _combinations(args):
-    images, about = _images(args, looking, model, how)
-    run.check_suits(looking, images)
-    against = against or _against(args, looking, images)
+    images, about = measuring.image_set(args, looking, model, how)
+    reasons = measuring.find_reasons(args, looking, images)
     name = ",".join(f"{k}={how[k]:g}" for k in ("guidance", "top_k", "top_p"))
     path = files.absolute(args.output) / f"{name}.json"
     if path.exists():
       receipts[name] = sweep.again(path, about)
     else:
-      path.parent.mkdir(parents=True, exist_ok=True)
       print(name)
-      receipts[name] = _measured(args, looking, images, against, about, path)
+      against = against or measuring.reference_of(args, looking, images)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      receipts[name] = measuring.to_receipt(
+        args, looking, images, against, reasons, about, path
+      )
       files.write_json(path, receipts[name])
     _print(receipts[name])
   names = looking.network.names
@@ -226,150 +224,8 @@ def _combinations(args) -> list[dict]:
   ]
 
 
-def _opened(args):
-  """Return how a network looks, and the model if there is one."""
-  import jax
-
-  from var_jax import compile_cache, loading
-  from var_jax.evaluation import networks, run
-  from var_jax.parallel import mesh as mesh_lib
-
-  network = (
-    networks.open_inception(args.inception)
-    if args.inception
-    else networks.open_classifier(args.classifier)
-  )
-  compile_cache.enable()
-  mesh = mesh_lib.make_mesh()
-  model = None
-  if args.checkpoint:
-    model = loading.load(
-      args.checkpoint,
-      mesh=mesh if jax.device_count() > 1 else None,
-      weights=args.weights,
-    )
-  return run.Looking(network, mesh, args.batch_size, _Progress()), model
-
-
-def _images(args, looking, model, how: dict):
-  """Return the set that is measured, and what a receipt says of its making."""
-  from var_jax.checkpoints import weights
-  from var_jax.evaluation import image_sets, made_sets
-
-  if args.samples:
-    return image_sets.open_set(args.samples), {}
-  about = {"checkpoint": weights.identity(args.checkpoint, args.weights)}
-  if args.tokens:
-    return made_sets.Decoded(model, args.tokens), about
-  shape = model.config.tokenizer.image_shape
-  if args.reconstruct:
-    originals = made_sets.OfDataset(
-      args.reconstruct, "val", shape, _transform(args)
-    )
-    return made_sets.Reconstructed(model, originals), about
-  if model.config.transformer is None:
-    raise ValueError(
-      f"{args.checkpoint} is a tokenizer and cannot draw; give --reconstruct."
-    )
-  C = model.config.transformer.num_classes
-  wanted = _STATED if args.inception else _DRAWN
-  count = args.count or max(C, wanted - wanted % C)
-  drawn = made_sets.Drawn(model, count, args.seed, **how)
-  return drawn, {**about, "sampler": {**how, "seed": args.seed}}
-
-
-def _transform(args) -> str:
-  """Return how images of sources are brought to size."""
-  from var_jax.checkpoints import weights
-  from var_jax.checkpoints.description import Description
-
-  if args.transform or not args.checkpoint:
-    return args.transform or "crop"
-  workdir, _ = weights.split_step(args.checkpoint)
-  trained = Description.read(workdir).config.get("data", {}).get("transform")
-  return "resize" if trained == "resize" else "crop"
-
-
-def _against(args, looking, images):
-  from var_jax.evaluation import adm_reference, image_sets, made_sets, run
-
-  spec, split = args.reference, args.reference_split or ""
-  if not spec:
-    return run.against_images(looking, images.originals, "val", images.shape)
-  if spec == "digits" or spec.startswith(_SPECS):
-    # A file has one split, and nobody has said which.
-    split = split or ("" if spec.startswith("npz:") else "train")
-    source = made_sets.OfDataset(
-      spec, split or "train", images.shape[:2], _transform(args)
-    )
-    return run.against_images(looking, source, split, images.shape)
-  if adm_reference.is_one(spec):
-    return run.against_statistics(looking, spec, split, images.shape)
-  there = image_sets.open_set(spec)
-  return run.against_images(looking, there, split, images.shape)
-
-
-def _measured(args, looking, images, against, about, output) -> dict:
-  """Look at a set and return its receipt; what is interrupted goes on."""
-  from var_jax.evaluation import image_sets, measure, run
-  from var_jax.evaluation.partial import Partial
-
-  keep_pixels = bool(args.save_npz or args.reconstruct)
-  settings = {
-    "features": looking.network.about,
-    "images": [images.kind, images.name, images.count, images.checksum()],
-    "pixels": keep_pixels,
-    **about,
-  }
-  kept = Partial(f"{output}.partial", settings)
-  looks = run.look(looking, images, kept, keep_pixels=keep_pixels)
-  more = {}
-  if args.reconstruct:
-    pairs = (
-      (next(images.originals.batches(len(part["pixels"]), at)), part["pixels"])
-      for at, part in kept.numbered()
-    )
-    more = measure.psnr_and_ssim(pairs)
-  stated = args.count or (_STATED if args.inception else images.count)
-  if args.reconstruct or looking.network.names.distance != "FID":
-    stated = args.count or images.count
-  found = run.to_receipt(
-    looking,
-    images,
-    looks,
-    against,
-    stated=stated,
-    forced=args.force,
-    shuffle=args.seed if args.shuffle else None,
-    more=more,
-    **about,
-  )
-  if args.save_npz:
-    pixels = (part["pixels"] for part in kept.parts())
-    labels = getattr(images, "labels", None)
-    image_sets.write_archive(args.save_npz, pixels, images, labels)
-  kept.remove()
-  return found
-
-
 def _print(found: dict) -> None:
   for name, value in found["numbers"].items():
     print(f"{name}  {value:.4f}")
   for line in found["warnings"]:
     print(f"warning: {line}")
-
-
-class _Progress:
-  """A line now and then, with what is left of the time."""
-
-  def __call__(self, done: int, of: int, began: int) -> None:
-    now = time.monotonic()
-    if done == began:
-      self._since = self._told = now
-      return
-    if now - self._told < _TELL_EVERY and done < of:
-      return
-    self._told = now
-    rate = (done - began) / max(now - self._since, 1e-9)
-    left = datetime.timedelta(seconds=int((of - done) / rate))
-    print(f"{done}/{of} images  {rate:.1f}/s  eta {left}", flush=True)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from var_jax import files
 from var_jax.checkpoints import network_weights
 from var_jax.evaluation import classifier, inception, inception_weights
 from var_jax.evaluation.inception import Features
@@ -30,7 +31,7 @@ class Names(NamedTuple):
   recall: str
 
 
-_OF_INCEPTION = Names("FID", "sFID", "IS", "KID", "precision", "recall")
+OF_INCEPTION = Names("FID", "sFID", "IS", "KID", "precision", "recall")
 _OF_CLASSIFIER = Names(
   "classifier_distance",
   "",  # its features have no places
@@ -73,7 +74,7 @@ def open_inception(folder: epath.PathLike) -> Network:
   digests = told["from"].values()
   official = all(digest.startswith(_OFFICIAL) for digest in digests)
   return Network(
-    _OF_INCEPTION, about, weights, inception.features, official=official
+    OF_INCEPTION, about, weights, inception.features, official=official
   )
 
 
@@ -91,6 +92,17 @@ def open_classifier(folder: epath.PathLike) -> Network:
     functools.partial(classifier.features, told["classes"]),
     tuple(told["shape"]),
   )
+
+
+def open_either(folder: epath.PathLike) -> Network:
+  """Return the network of a folder of either kind.
+
+  Raises:
+    ValueError: it is of none.
+  """
+  if (files.absolute(folder) / "classifier.safetensors").exists():
+    return open_classifier(folder)
+  return open_inception(folder)
 
 
 def extract(

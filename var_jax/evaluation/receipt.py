@@ -37,27 +37,22 @@ class Reason(NamedTuple):
   text: str  # what is wrong, and the remedy
 
 
-def applied(
-  numbers: Mapping[str, float], reasons: Sequence[Reason], forced: bool
-) -> dict[str, float]:
-  """Return the numbers by the names that they may have.
-
-  Raises:
-    ValueError: there is a reason against a measure, and it is not forced.
-  """
-  against = [
-    reason
-    for reason in reasons
-    if any(_concerns(reason, name) for name in numbers)
-  ]
-  if against and not forced:
+def refuse(reasons: Sequence[Reason]) -> None:
+  """Raise ValueError if there is a reason."""
+  if reasons:
     raise ValueError(
-      f"{'; '.join(reason.text for reason in against)}. --force measures it "
-      "all the same, under another name."
+      f"{'; '.join(reason.text for reason in reasons)}. --force measures all "
+      "the same, under another name."
     )
+
+
+def renamed(
+  numbers: Mapping[str, float], reasons: Sequence[Reason]
+) -> dict[str, float]:
+  """Return numbers by the names that they may have."""
   named = {}
   for name, value in numbers.items():
-    suffixes = [r.suffix for r in against if _concerns(r, name)]
+    suffixes = [r.suffix for r in reasons if _concerns(r, name)]
     named["_".join([name, *suffixes])] = value
   return named
 

@@ -4,7 +4,7 @@ images -network-> features, kept part by part -> numbers -> receipt
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -161,13 +161,62 @@ def _check_sizes(name: str, here, there) -> None:
     )
 
 
+def reasons_before(
+  looking: Looking, images: ImageSet, split: str, stated: int
+) -> list[Reason]:
+  """Return why measures would not be what they are called, whatever is seen.
+
+  Args:
+    split: of the reference, as of `against_images`.
+    stated: how many images there should be.
+
+  Raises:
+    ValueError: there are more.
+  """
+  names, found = looking.network.names, []
+  if images.count > stated:
+    raise ValueError(
+      f"{images.name} has {images.count} images, more than the {stated} that "
+      f"are stated; give --count {images.count}."
+    )
+  if not looking.network.official:
+    found.append(
+      Reason(
+        "other_weights",
+        (),
+        "the weights of Inception are not those of published numbers, "
+        "pt_inception-2015-12-05-6726825d.pth",
+      )
+    )
+  if images.count < stated:
+    found.append(
+      Reason(
+        "few_images",
+        (),
+        f"{images.name} has {images.count} images and {stated} are stated; "
+        f"give more, or --count {images.count}",
+      )
+    )
+  if images.kind == "reconstructed" and split != "val":
+    found.append(
+      Reason(
+        "other_statistics",
+        tuple(_REBUILT.get(n, n) for n in (names.distance, "sFID")),
+        "reconstructions of held-out images are compared with "
+        f"{split or 'images of an unnamed split'}; leave --reference out, or "
+        "say --reference-split val",
+      )
+    )
+  return found
+
+
 def to_receipt(
   looking: Looking,
   images: ImageSet,
   looks: Looks,
   against: Against,
   *,
-  stated: int,
+  reasons: Sequence[Reason] = (),
   forced: bool = False,
   shuffle: int | None = None,
   more: Mapping[str, float] | None = None,
@@ -176,29 +225,31 @@ def to_receipt(
   """Return the numbers of a set, and what they depend on.
 
   Args:
-    stated: how many images there should be.
+    reasons: what was found before.
     shuffle: the seed of an order for IS, in place of the set's own.
     more: other measures.
     depends: what a receipt also says, as JSON.
 
   Raises:
-    ValueError: a number would not be what its name says, and is not forced.
+    ValueError: IS would be of sorted images, and is not forced.
   """
   network = looking.network
   order = {"rule": _ORDERS.get(images.kind, "as read")}
   if shuffle is not None:
-    looks, order = (
-      measure.shuffled(looks, shuffle),
-      {"rule": f"features shuffled by seed {shuffle}"},
-    )
-  order["sortedness"] = round(measure.sortedness(looks.judged_N), 2)
-  reasons = _reasons(images, looks, network, against, stated)
+    looks = measure.shuffled(looks, shuffle)
+    order["rule"] = f"features shuffled by seed {shuffle}"
+  times = measure.sortedness(looks.judged_N)
+  order["sortedness"] = round(times, 2)
+  if times > receipt.SORTED:
+    is_sorted = _is_sorted(images, network, times)
+    if not forced:
+      receipt.refuse([is_sorted])
+    reasons = [*reasons, is_sorted]
   numbers = measure.compare(looks, against.reference, network.names)
   if images.kind == "reconstructed":
     numbers = {_REBUILT.get(name, name): x for name, x in numbers.items()}
-  named = receipt.applied({**numbers, **(more or {})}, reasons, forced)
   return receipt.make(
-    named,
+    receipt.renamed({**numbers, **(more or {})}, reasons),
     forced=reasons,
     warnings=_warnings(images, looks, network),
     features=network.about,
@@ -225,51 +276,14 @@ _ORDERS = {
 _REBUILT = {"FID": "rFID", "sFID": "rsFID"}
 
 
-def _reasons(
-  images: ImageSet, looks: Looks, network: Network, against: Against, stated
-) -> list[Reason]:
-  """Return why measures are not what they are called."""
-  names, found = network.names, []
-  if not network.official:
-    found.append(
-      Reason(
-        "other_weights",
-        (),
-        "the weights of Inception are not those of published numbers, "
-        "pt_inception-2015-12-05-6726825d.pth",
-      )
-    )
-  if images.count < stated:
-    found.append(
-      Reason(
-        "few_images",
-        (),
-        f"{images.name} has {images.count} images and {stated} are stated; "
-        f"give more, or --count {images.count}",
-      )
-    )
-  times = measure.sortedness(looks.judged_N)
-  if times > receipt.SORTED:
-    found.append(
-      Reason(
-        "class_sorted",
-        (names.score,),
-        f"{images.name} is sorted by class ({times:.0f} times as much as by "
-        f"chance), and {names.score} is of parts of {measure.SPLIT}; give "
-        "--shuffle",
-      )
-    )
-  if images.kind == "reconstructed" and against.about["split"] != "val":
-    what = against.about["split"] or "images of an unnamed split"
-    found.append(
-      Reason(
-        "other_statistics",
-        tuple(_REBUILT.get(n, n) for n in (names.distance, "sFID")),
-        f"reconstructions of held-out images are compared with {what}; leave "
-        "--reference out, or say --reference-split val",
-      )
-    )
-  return found
+def _is_sorted(images: ImageSet, network: Network, times: float) -> Reason:
+  score = network.names.score
+  return Reason(
+    "class_sorted",
+    (score,),
+    f"{images.name} is sorted by class ({times:.0f} times as much as by "
+    f"chance), and {score} is of parts of {measure.SPLIT}; give --shuffle",
+  )
 
 
 def _warnings(images: ImageSet, looks: Looks, network: Network) -> list[str]:

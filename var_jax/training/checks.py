@@ -21,7 +21,8 @@ FREE_KEYS = (
   "checkpoint_every", "keep_checkpoints", "keep_best", "keep_every",
   "data.eval_source", "data.workers", "data.image_size",
   "mesh.slices", "mesh.data", "mesh.fsdp", "mesh.model", "attention",
-  "inception_path",
+  "inception_path", "draws.count", "draws.network", "draws.guidance",
+  "draws.top_k", "draws.top_p",
 )  # fmt: skip
 
 
@@ -35,7 +36,8 @@ def completed(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
   now = run_config(config.get("kind", ""))
   made = ml_collections.ConfigDict(config)
   for name, value in now.items():
-    if name not in made and not value:
+    # A section that came later is off by its defaults.
+    if name not in made and (not value or hasattr(value, "items")):
       made[name] = value
   return made
 

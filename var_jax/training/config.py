@@ -8,6 +8,7 @@ from ml_collections import config_dict
 from var_jax.parallel.mesh import MeshConfig
 from var_jax.training.adversary import AdversaryConfig
 from var_jax.training.codes import CollapseConfig
+from var_jax.training.drawn_eval import DrawsConfig
 from var_jax.training.guard import GuardConfig
 from var_jax.training.optim import OptimizerConfig
 from var_jax.training.progressive import ProgressiveConfig
@@ -63,6 +64,7 @@ def run_config(kind: str) -> ml_collections.ConfigDict:
     config.data.token_cache = ""  # a folder; train from the tokens in it
     config.data.cache_crops = 1  # an image, of a cache that is written
     config.progressive = section(ProgressiveConfig)
+    config.draws = section(DrawsConfig)
   return config
 
 

@@ -216,6 +216,10 @@ class _Loop:
       means = evaluation.evaluate(self.run, state, self.watch.noticed)
       if means is None:
         return None
+      drawn = self.run.program.drawn(self.run, state, self.watch.noticed)
+      if drawn is None:
+        return None
+      means = {**means, **drawn}
       pictures = self.run.program.pictures(self.run, state)
     self.observer.evaluation(step, means, pictures)
     return means[self.run.program.held_out_loss]

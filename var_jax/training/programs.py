@@ -42,6 +42,7 @@ class Program(NamedTuple):
   stage: Callable[[int], int | None]  # of a step; None: there is one only
   evaluate: Callable[[Any, Mapping], Mapping]  # sums over a batch, features
   summary: Callable[..., Mapping]  # numbers, of means and moments of features
+  drawn: Callable[..., Mapping | None]  # numbers: (run, state, stopped)
   pictures: Callable[..., Mapping[str, np.ndarray]]  # (run, state)
   prepare: Callable[[], None]  # writes what a new workdir needs
   tokenizer_checksum: Callable[[], str]

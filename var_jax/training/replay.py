@@ -54,6 +54,8 @@ class Replay:
     checks.check_config(config)  # may be of an earlier version
     # Nothing is evaluated, so what evaluations need may be elsewhere.
     config.eval_every, config.inception_path = 0, ""
+    if "draws" in config:
+      config.draws.count = 0
     self.run = setup.open_run(_tuples(config), self.workdir)
     self.causes = _causes(self, there)
 

@@ -73,6 +73,7 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     stage=training.stage_of,
     evaluate=lambda params, batch: training.evaluate(params, frozen, batch),
     summary=tokenizer_eval.summary,
+    drawn=lambda run, state, stopped: {},
     pictures=draw,
     prepare=lambda: None,
     tokenizer_checksum=lambda: "",

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
+from var_jax.api import Model
 from var_jax.checkpoints import weights
 from var_jax.generation import sampler
 from var_jax.parallel import mesh as mesh_lib
 from var_jax.parallel import rules
 from var_jax.training import caching, pictures, programs, warm_start
+from var_jax.training.drawn_eval import Draws, DrawsConfig
 from var_jax.training.state import TrainState
 from var_jax.training.var_training import VARTraining
 
@@ -56,14 +58,29 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
       hits_SV = weights.read_code_hits(step, described.tokenizer)
       weights.write_tokenizer(workdir, described, frozen, hits_SV)
 
+  models = sampler.Models(training.tokenizer, training.var, rules.Context(mesh))
+
+  def params_of(state) -> sampler.ModelParams:
+    return sampler.ModelParams(frozen, programs.averaged(state))
+
   def draw(run, state) -> Mapping[str, np.ndarray]:
     if not config.pictures:
       return {}
-    models = sampler.Models(
-      training.tokenizer, training.var, rules.Context(mesh)
+    return pictures.samples(models, params_of(state), config.pictures, mesh)
+
+  draws = programs.build(DrawsConfig, config, "draws")
+  if draws.count and not config.eval_every:
+    raise ValueError(
+      f"draws.count {draws.count} is for evaluations, and there are none; set "
+      "eval_every."
     )
-    params = sampler.ModelParams(frozen, programs.averaged(state))
-    return pictures.samples(models, params, config.pictures, mesh)
+  measure = draws.count and Draws(draws, mesh, config.data.batch_size)
+
+  def drawn(run, state, stopped) -> Mapping[str, float] | None:
+    if not measure:
+      return {}
+    model = Model(models, params_of(state), mesh=mesh)
+    return measure(run, model, stopped)
 
   return programs.Program(
     description=programs.describe(
@@ -75,6 +92,7 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     stage=training.stage_of,
     evaluate=lambda params, batch: training.evaluate(params, frozen, batch),
     summary=lambda means, moments: means,
+    drawn=drawn,
     pictures=draw,
     prepare=prepare,
     tokenizer_checksum=lambda: caching.tokenizer_checksum(

@@ -1,0 +1,89 @@
+"""What evaluations say of drawn images equals what is measured afterwards."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import var_jax
+from configs import tokenizer as tokenizer_presets
+from configs import var as var_presets
+from var_jax.evaluation import classifier, made_sets, measure, networks
+from var_jax.parallel import mesh as mesh_lib
+from var_jax.training import loop
+
+COUNT, HELD_OUT = 20, 50
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("drawn")
+  tokenizer = tokenizer_presets.get_config("tiny")
+  tokenizer.steps, tokenizer.data.batch_size = 1, 8
+  loop.train(tokenizer, folder / "tokenizer")
+  real = made_sets.OfDataset("digits", "train", (16, 16), "resize")
+  classifier.write(folder / "classifier", *real.labelled(), "digits")
+  return folder
+
+
+def config_of(folder, **settings):
+  config = var_presets.get_config("tiny")
+  config.steps, config.data.batch_size = 2, 8
+  config.tokenizer_path = str(folder / "tokenizer")
+  config.eval_every, config.eval_samples, config.pictures = 1, HELD_OUT, 0
+  config.draws.count = COUNT
+  config.draws.network = str(folder / "classifier")
+  config.update_from_flattened_dict(settings)
+  return config
+
+
+def looks(network, batches):
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  found = networks.extract(network, batches, 25, mesh)
+  return measure.gather([features.present() for _, features in found])
+
+
+def test_evaluations_measure_what_is_drawn(folder, tmp_path):
+  loop.train(config_of(folder, **{"draws.guidance": 2.0}), tmp_path / "run")
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  records = [r for r in map(json.loads, lines) if "eval/loss_mean" in r]
+  assert [r["step"] for r in records] == [1, 2]
+  network = networks.open_classifier(folder / "classifier")
+  from var_jax.data import sources, transforms
+
+  source = sources.open_source("digits", "val")
+  small = transforms.make_transform("resize", (16, 16), train=False, flip=False)
+  real = np.stack([small(source[i]["image"], None) for i in range(HELD_OUT)])
+  reference = measure.as_reference(looks(network, [real[:25], real[25:]]))
+  how = dict(guidance=2.0, top_k=900, top_p=0.96)
+  model = var_jax.load(tmp_path / "run")
+  drawn = made_sets.Drawn(model, COUNT, 0, **how)
+  numbers = measure.compare(
+    looks(network, drawn.batches(20)), reference, network.names
+  )
+  for name in ("classifier_distance", "classifier_score"):
+    found = records[-1][f"eval/{name}_{COUNT}"]
+    assert found == pytest.approx(numbers[name], rel=2e-3)
+  assert records[0] != records[1]
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    ({"draws.count": 1}, "config.draws: count 1 is no number of images"),
+    (
+      {"draws.network": ""},
+      "config.draws: count 20 needs a network that looks",
+    ),
+    ({"draws.network": "/no"}, "/no has no inception.safetensors"),
+    ({"draws.guidance": float("nan")}, "guidance nan is no number"),
+    ({"eval_every": 0}, "draws.count 20 is for evaluations"),
+  ],
+)
+def test_what_makes_no_sense_is_said_before_anything_is_written(
+  settings, message, folder, tmp_path
+):
+  with pytest.raises(ValueError, match=message):
+    loop.train(config_of(folder, **settings), tmp_path / "run")
+  assert not (tmp_path / "run").exists()

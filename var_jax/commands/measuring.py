@@ -1,0 +1,170 @@
+"""What `var-jax evaluate` measures, of the flags that it got."""
+
+import datetime
+import time
+
+_SPECS = ("npz:", "folder:", "tfds:")
+_STATED = 50_000  # images, of published numbers
+_DRAWN = 10_000  # images, where a classifier looks
+_TELL_EVERY = 10.0  # seconds
+
+
+def open_all(args):
+  """Return how a network looks, and the model if there is one."""
+  import jax
+
+  from var_jax import compile_cache, loading
+  from var_jax.evaluation import networks, run
+  from var_jax.parallel import mesh as mesh_lib
+
+  network = (
+    networks.open_inception(args.inception)
+    if args.inception
+    else networks.open_classifier(args.classifier)
+  )
+  compile_cache.enable()
+  mesh = mesh_lib.make_mesh()
+  model = None
+  if args.checkpoint:
+    model = loading.load(
+      args.checkpoint,
+      mesh=mesh if jax.device_count() > 1 else None,
+      weights=args.weights,
+    )
+  return run.Looking(network, mesh, args.batch_size, _Progress()), model
+
+
+def image_set(args, looking, model, how: dict):
+  """Return the set that is measured, and what a receipt says of its making."""
+  from var_jax.checkpoints import weights
+  from var_jax.evaluation import image_sets, made_sets
+
+  if args.samples:
+    return image_sets.open_set(args.samples), {}
+  about = {"checkpoint": weights.identity(args.checkpoint, args.weights)}
+  if args.tokens:
+    return made_sets.Decoded(model, args.tokens), about
+  shape = model.config.tokenizer.image_shape
+  if args.reconstruct:
+    originals = made_sets.OfDataset(
+      args.reconstruct, "val", shape, _transform(args)
+    )
+    return made_sets.Reconstructed(model, originals), about
+  if model.config.transformer is None:
+    raise ValueError(
+      f"{args.checkpoint} is a tokenizer and cannot draw; give --reconstruct."
+    )
+  C = model.config.transformer.num_classes
+  wanted = _STATED if args.inception else _DRAWN
+  count = args.count or max(C, wanted - wanted % C)
+  drawn = made_sets.Drawn(model, count, args.seed, **how)
+  return drawn, {**about, "sampler": {**how, "seed": args.seed}}
+
+
+def _transform(args) -> str:
+  """Return how images of sources are brought to size."""
+  from var_jax.checkpoints import weights
+  from var_jax.checkpoints.description import Description
+
+  if args.transform or not args.checkpoint:
+    return args.transform or "crop"
+  workdir, _ = weights.split_step(args.checkpoint)
+  trained = Description.read(workdir).config.get("data", {}).get("transform")
+  return "resize" if trained == "resize" else "crop"
+
+
+def find_reasons(args, looking, images) -> list:
+  """Return why numbers would have other names; refuse unless forced."""
+  from var_jax.evaluation import receipt, run
+
+  run.check_suits(looking, images)
+  stated = args.count or images.count
+  if args.inception and not args.reconstruct:
+    stated = args.count or _STATED
+  reasons = run.reasons_before(looking, images, _split(args), stated)
+  if not args.force:
+    receipt.refuse(reasons)
+  return reasons
+
+
+def _split(args) -> str:
+  """Return that of the reference, "" where nobody says."""
+  if args.reference_split:
+    return args.reference_split
+  if not args.reference:
+    return "val"  # the originals
+  named = args.reference.startswith(("folder:", "tfds:", "digits"))
+  return "train" if named else ""
+
+
+def reference_of(args, looking, images):
+  from var_jax.evaluation import adm_reference, image_sets, made_sets, run
+
+  spec, split = args.reference, _split(args)
+  if not spec:
+    there = images.originals
+  elif spec == "digits" or spec.startswith(_SPECS):
+    there = made_sets.OfDataset(
+      spec, split or "train", images.shape[:2], _transform(args)
+    )
+  elif adm_reference.is_one(spec):
+    return run.against_statistics(looking, spec, split, images.shape)
+  else:
+    there = image_sets.open_set(spec)
+  return run.against_images(looking, there, split, images.shape)
+
+
+def to_receipt(args, looking, images, against, reasons, about, output) -> dict:
+  """Look at a set and return its receipt; what is interrupted goes on."""
+  from var_jax.evaluation import image_sets, measure, run
+  from var_jax.evaluation.partial import Partial
+
+  keep_pixels = bool(args.save_npz or args.reconstruct)
+  settings = {
+    "features": looking.network.about,
+    "images": [images.kind, images.name, images.count, images.checksum()],
+    "pixels": keep_pixels,
+    **about,
+  }
+  kept = Partial(f"{output}.partial", settings)
+  looks = run.look(looking, images, kept, keep_pixels=keep_pixels)
+  more = {}
+  if args.reconstruct:
+    pairs = (
+      (next(images.originals.batches(len(part["pixels"]), at)), part["pixels"])
+      for at, part in kept.numbered()
+    )
+    more = measure.psnr_and_ssim(pairs)
+  found = run.to_receipt(
+    looking,
+    images,
+    looks,
+    against,
+    reasons=reasons,
+    forced=args.force,
+    shuffle=args.seed if args.shuffle else None,
+    more=more,
+    **about,
+  )
+  if args.save_npz:
+    pixels = (part["pixels"] for part in kept.parts())
+    labels = getattr(images, "labels", None)
+    image_sets.write_archive(args.save_npz, pixels, images, labels)
+  kept.remove()
+  return found
+
+
+class _Progress:
+  """A line now and then, with what is left of the time."""
+
+  def __call__(self, done: int, of: int, began: int) -> None:
+    now = time.monotonic()
+    if done == began:
+      self._since = self._told = now
+      return
+    if now - self._told < _TELL_EVERY and done < of:
+      return
+    self._told = now
+    rate = (done - began) / max(now - self._since, 1e-9)
+    left = datetime.timedelta(seconds=int((of - done) / rate))
+    print(f"{done}/{of} images  {rate:.1f}/s  eta {left}", flush=True)

@@ -1,0 +1,106 @@
+"""What evaluations of a transformer say of the images that it draws."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from var_jax.api import Model
+from var_jax.data import pipeline
+from var_jax.evaluation import made_sets, measure, networks
+from var_jax.evaluation.measure import Looks
+
+Stopped = Callable[[], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawsConfig:
+  """Args:
+  count: images that each evaluation draws, a multiple of the classes; 0
+    draws none.
+  network: the folder of what looks at them, as `var-jax evaluate` takes it
+    for --inception or --classifier.
+  guidance, top_k, top_p: as `Model.sample` has them.
+  """
+
+  count: int = 0
+  network: str = ""
+  guidance: float = 1.5
+  top_k: int = 900
+  top_p: float = 0.96
+
+  def __post_init__(self):
+    if self.count < 0 or self.count == 1:
+      raise ValueError(
+        f"count {self.count} is no number of images to measure; use 2 or more, "
+        "or 0 for none."
+      )
+    if self.count and not self.network:
+      raise ValueError(
+        f"count {self.count} needs a network that looks at the images; set "
+        "network to what `var-jax convert --inception` or `var-jax evaluate "
+        "--fit-classifier` wrote."
+      )
+    if not math.isfinite(self.guidance):
+      raise ValueError(f"guidance {self.guidance} is no number; use 1.5.")
+
+
+class Draws:
+  """Distance and score of images that are drawn, always from the same keys.
+
+  The reference is the held-out split, looked at once. A number has the count in
+  its name: one of fewer images is another measure.
+  """
+
+  def __init__(self, cfg: DrawsConfig, mesh, batch_size: int):
+    """Open the network.
+
+    Raises:
+      ValueError: there is none.
+    """
+    self._cfg, self._mesh, self._batch_size = cfg, mesh, batch_size
+    self._network = networks.open_either(cfg.network)
+    self._reference = None
+
+  def __call__(
+    self, run, model: Model, stopped: Stopped
+  ) -> dict[str, float] | None:
+    """Return the numbers, or None if there is no time left for them."""
+    if self._reference is None:
+      looks = self._look(self._real(run), stopped)
+      if looks is None:
+        return None
+      self._reference = measure.as_reference(looks)
+    cfg, names = self._cfg, self._network.names
+    how = dict(guidance=cfg.guidance, top_k=cfg.top_k, top_p=cfg.top_p)
+    drawn = made_sets.Drawn(model, cfg.count, run.config.seed, **how)
+    looks = self._look(drawn.batches(self._batch_size), stopped)
+    if looks is None:
+      return None
+    numbers = measure.compare(looks, self._reference, names)
+    kept = (names.distance, names.score)
+    return {f"{name}_{cfg.count}": numbers[name] for name in kept}
+
+  def _real(self, run) -> Iterator[np.ndarray]:
+    """Yield held-out images, as training sees them without chance."""
+    for batch in pipeline.evaluation_batches(
+      run.held_out,
+      run.plain,
+      batch_size=self._batch_size,
+      limit=run.config.eval_samples or None,
+      on_broken=run.config.data.on_broken,
+    ):
+      yield batch["image"][batch["real"]]
+
+  def _look(
+    self, batches: Iterator[np.ndarray], stopped: Stopped
+  ) -> Looks | None:
+    parts = []
+    for _, features in networks.extract(
+      self._network, batches, self._batch_size, self._mesh
+    ):
+      parts.append(features.present())
+      if stopped():
+        return None
+    return measure.gather(parts)
