@@ -290,7 +290,7 @@ def test_receipts_say_whether_they_may_be_compared(folder, tmp_path, capsys):
 
 def test_a_sweep_writes_a_receipt_each_and_the_best(folder, workdir, tmp_path):
   pytest.importorskip("matplotlib")
-  flags = ["--checkpoint", workdir, "--count", 20, "--guidance", "0,1.5"]
+  flags = ["--checkpoint", workdir, "--count", 20, "--guidance", "1,1.5"]
   flags += ["--top-k", "0,10"]
   assert by_classifier(folder, *flags, output=tmp_path / "sweep") == 0
   found = receipt_of(tmp_path / "sweep" / "sweep.json")
@@ -406,16 +406,18 @@ def seen(folder, name, *, processes, devices):
     XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
     PYTHONPATH=str(ROOT),
   )
+  numbered = [{}]
   if processes > 1:
     with socket.socket() as free:
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
     environment["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
     environment["JAX_NUM_PROCESSES"] = str(processes)
+    numbered = [{"JAX_PROCESS_ID": str(i)} for i in range(processes)]
   command = [sys.executable, ROOT / "tests/evaluation/look.py", folder, name]
   running = [
-    subprocess.Popen(command, env={**environment, "JAX_PROCESS_ID": str(i)})
-    for i in range(processes)
+    subprocess.Popen(command, env={**environment, **number})
+    for number in numbered
   ]
   assert [p.wait(timeout=300) for p in running] == [0] * processes
   places = [f"@{i}" for i in range(processes)] if processes > 1 else [""]

@@ -119,11 +119,8 @@ def extract(
   Args:
     size: of a batch; smaller ones are filled up, so that one program serves.
   """
-  same, split = mesh_lib.replicated(mesh), mesh_lib.by_rows(mesh)
-  program = rules.Jit(
-    mesh, network.features, in_shardings=(same, split), out_shardings=same
-  )
-  weights = jax.device_put(network.weights, same)
+  program = _program(network.features, mesh)
+  weights = jax.device_put(network.weights, mesh_lib.replicated(mesh))
 
   def start(pixels_BHW3):
     missing = size - len(pixels_BHW3)
@@ -142,3 +139,12 @@ def extract(
       yield finish(*current)
   if ahead:
     yield finish(*ahead)
+
+
+@functools.lru_cache(maxsize=4)
+def _program(features: Callable, mesh: jax.sharding.Mesh) -> rules.Jit:
+  """Return what is compiled once for all sets of images."""
+  same, split = mesh_lib.replicated(mesh), mesh_lib.by_rows(mesh)
+  return rules.Jit(
+    mesh, features, in_shardings=(same, split), out_shardings=same
+  )
