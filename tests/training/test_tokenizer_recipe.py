@@ -197,7 +197,9 @@ def test_an_evaluation_writes_the_health_of_scales_and_a_page(tmp_path):
   assert page.count("<svg") == 10 and page.count("<img") == 1
 
 
-def test_an_evaluation_has_rfid_where_there_is_a_network(tmp_path, monkeypatch):
+def test_an_evaluation_has_rfid_where_there_is_a_network(
+  tmp_path, monkeypatch, capsys
+):
   """A stand-in whose features are mean colours; Inception has its own tests."""
 
   def features(weights, pixels_BHW3):
@@ -213,6 +215,7 @@ def test_an_evaluation_has_rfid_where_there_is_a_network(tmp_path, monkeypatch):
     eval_every=2, eval_samples=6, inception_path=str(tmp_path / "network")
   )
   loop.train(config, tmp_path / "run")
+  assert "rFID of 6 images, fewer than the 2048" in capsys.readouterr().out
   lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
   run = setup.open_run(config, tmp_path / "run")
   held_out = [run.held_out[i]["image"] for i in range(6)]

@@ -199,7 +199,7 @@ def test_other_classes_are_said_and_the_rest_is_kept(
   np.savez(path, images=images.astype(np.uint8), labels=np.arange(8) % 2)
   source = sources.open_source(f"npz:{path}", "train")
   program = var_program.make(
-    fine_tuning(pretrained), make_mesh(), source, tmp_path / "run"
+    fine_tuning(pretrained), make_mesh(), source, None, tmp_path / "run"
   )
   params = program.init().params["params"]
   out = capsys.readouterr().out
@@ -230,7 +230,9 @@ def test_the_average_is_the_start_and_tokenizer_path_comes_first(
 
   config = fine_tuning(run, tokenizer_path=str(other))
   source = sources.open_source("digits", "train")
-  program = var_program.make(config, make_mesh(), source, tmp_path / "run")
+  program = var_program.make(
+    config, make_mesh(), source, None, tmp_path / "run"
+  )
   params = program.init().params["params"]
   assert_same_but(doubled["params"], params, {})
   (tmp_path / "run").mkdir()
@@ -267,7 +269,7 @@ def test_a_tokenizer_starts_from_a_tokenizer(pretrained, tmp_path):
   config.init_from = str(pretrained)  # its frozen tokenizer
   source = sources.open_source("digits", "train")
   state = tokenizer_program.make(
-    config, make_mesh(), source, tmp_path / "run"
+    config, make_mesh(), source, None, tmp_path / "run"
   ).init()
   _, old = weights.read_tokenizer(pretrained)
   jax.tree.map(np.testing.assert_array_equal, state.params, old)

@@ -111,7 +111,7 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
   source = _training_source(config)
   held_out = _held_out(config, source)
   of_kind = {"tokenizer": tokenizer_program.make, "var": var_program.make}
-  program = of_kind[config.kind](config, mesh, source, workdir)
+  program = of_kind[config.kind](config, mesh, source, held_out, workdir)
   tokenizer = program.description.tokenizer
   make_transform = functools.partial(
     transforms.make_transform, config.data.transform, tokenizer.image_shape

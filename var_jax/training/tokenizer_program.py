@@ -8,7 +8,7 @@ from etils import epath
 
 from var_jax.checkpoints import lpips, weights
 from var_jax.data import pipeline
-from var_jax.evaluation import inception_weights
+from var_jax.evaluation import inception, inception_weights
 from var_jax.models.tokenizer import TokenizerConfig
 from var_jax.parallel import mesh as mesh_lib
 from var_jax.training import pictures, programs, tokenizer_eval, warm_start
@@ -19,7 +19,9 @@ from var_jax.training.tokenizer_training import TokenizerTraining
 _TOKENS_A_CODE = 10
 
 
-def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
+def make(
+  config, mesh, source, held_out, workdir: epath.Path
+) -> programs.Program:
   """Return the program of a config."""
   training = TokenizerTraining.of(config, mesh)
   networks = {
@@ -35,6 +37,14 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
   def start() -> TrainState:
     for remark in remarks(training.cfg, source):
       print(remark)
+    if config.inception_path:
+      images = min(len(held_out), config.eval_samples or len(held_out))
+      if images < inception.POOLED:
+        print(
+          f"warning: rFID of {images} images, fewer than the "
+          f"{inception.POOLED} dimensions of its features, is biased upwards; "
+          "compare it with that of as many only"
+        )
     if not config.init_from:
       return training.placed(training.fresh)
     described, variables = weights.read_tokenizer(

@@ -17,7 +17,9 @@ from var_jax.training.state import TrainState
 from var_jax.training.var_training import VARTraining
 
 
-def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
+def make(
+  config, mesh, source, held_out, workdir: epath.Path
+) -> programs.Program:
   """Return the program of a config.
 
   The tokenizer is read from config.tokenizer_path once, or is that of
@@ -69,7 +71,7 @@ def make(config, mesh, source, workdir: epath.Path) -> programs.Program:
     return pictures.samples(models, params_of(state), config.pictures, mesh)
 
   draws = programs.build(DrawsConfig, config, "draws")
-  if draws.count and not config.eval_every:
+  if draws.count and held_out is None:
     raise ValueError(
       f"draws.count {draws.count} is for evaluations, and there are none; set "
       "eval_every."
