@@ -380,6 +380,26 @@ def test_fewer_than_fifty_thousand_are_no_fid_unless_stated(
   assert "has 120 images and 50000 are stated" in line(capsys)
 
 
+@pytest.mark.parametrize(
+  "flags, code, message",
+  [
+    (["--guidance", "nan"], 1, "guidance"),
+    (["--top-k", "-1"], 1, "top_k -1"),
+    (["--count", "21"], 1, "21 images are no equal number of each of 10"),
+    (["--guidance", "1,2"], 2, "a sweep's is a folder"),
+    (["--guidance", "a"], 2, "'a' is no number"),
+  ],
+)
+def test_bad_draws_are_one_line_and_leave_nothing(
+  flags, code, message, folder, workdir, tmp_path, capsys
+):
+  output = tmp_path / "a.json"
+  flags = ["--checkpoint", workdir, "--count", 20, *flags]
+  assert by_classifier(folder, *flags, output=output) == code
+  assert message in line(capsys)
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("side, split", [("many", 300), ("few", 4000)])
 def test_sorted_classes_are_told_from_shuffled_ones(side, split):
   rng = np.random.default_rng(0)

@@ -148,6 +148,8 @@ def _check(args) -> None:
     raise UsageError("--reference is missing; see var-jax evaluate --help.")
   if _is_sweep(args) and (args.samples or args.tokens or args.reconstruct):
     raise UsageError("a sweep draws; give --checkpoint alone.")
+  if _is_sweep(args) and args.output.endswith(".json"):
+    raise UsageError(f"--output {args.output!r}: a sweep's is a folder.")
   if _is_sweep(args) and args.save_npz:
     raise UsageError("--save-npz is of one set; leave it out of a sweep.")
 

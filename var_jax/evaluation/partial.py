@@ -28,15 +28,13 @@ class Partial:
     """
     self.folder = files.absolute(folder)
     # As JSON gives it back.
-    settings = json.loads(json.dumps(settings))
+    self._settings = json.loads(json.dumps(settings))
     path = self.folder / "settings.json"
-    if path.exists() and files.read_json(path) != settings:
+    if path.exists() and files.read_json(path) != self._settings:
       raise ValueError(
         f"{self.folder} has what an interrupted measurement with other settings"
         " left; remove it, or give those."
       )
-    self.folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, settings)
     self._waiting, self._waiting_count = [], 0
     self._saved = self._whole_parts()
 
@@ -60,6 +58,9 @@ class Partial:
     }
     data = io.BytesIO()
     np.savez(data, **merged)
+    # Not before there is something: a mistake leaves no folder.
+    self.folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(self.folder / "settings.json", self._settings)
     files.write_bytes(self.folder / _name(self._saved), data.getvalue())
     self._saved += self._waiting_count
     self._waiting, self._waiting_count = [], 0
