@@ -34,6 +34,7 @@ ALLOWED = {
   "evaluation": {
     "models",
     "generation",  # the keys of images
+    "checks",  # of options
     "checkpoints",
     "data",
     "ledger",  # where numbers come from

@@ -21,6 +21,7 @@ from var_jax.evaluation import (
   inception,
   measure,
   statistics,
+  sweep,
 )
 from var_jax.evaluation.partial import Partial
 
@@ -97,7 +98,6 @@ def test_a_receipt_has_the_numbers_and_what_they_depend_on(folder, tmp_path):
     "classifier_distance",
     "classifier_score",
     "classifier_kernel_distance",
-    "classifier_kernel_distance_deviation",
     "classifier_precision",
     "classifier_recall",
   ]
@@ -268,6 +268,30 @@ def test_what_was_left_by_other_settings_is_not_taken(folder, tmp_path, capsys):
   assert "with other settings left; remove it" in line(capsys)
 
 
+@pytest.mark.parametrize("content", [b"", b"PK no zip", None])
+def test_a_damaged_part_is_named(content, tmp_path):
+  part = tmp_path / "00000000.npz"
+  if content is None:
+    np.savez(part, other=np.zeros(3))
+  else:
+    part.write_bytes(content)
+  with pytest.raises(ValueError, match="cannot be read .* begin anew"):
+    Partial(tmp_path, {})
+
+
+def test_a_sweep_goes_into_a_folder_of_its_own(tmp_path):
+  (tmp_path / "sweep.json").write_text("{}")
+  sweep.check_folder(tmp_path)
+  sweep.check_folder(tmp_path / "new")
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(ValueError, match="has config.json, which is no sweep's"):
+    sweep.check_folder(tmp_path)
+  with pytest.raises(ValueError, match="is a file; name a folder"):
+    sweep.check_folder(tmp_path / "config.json")
+  with pytest.raises(ValueError, match="is no folder; make it first"):
+    sweep.check_folder(tmp_path / "none" / "new")
+
+
 def test_receipts_say_whether_they_may_be_compared(folder, tmp_path, capsys):
   a, b, c = (tmp_path / f"{x}.json" for x in "abc")
   samples = ["--samples", folder / "val.npz"]
@@ -283,12 +307,17 @@ def test_receipts_say_whether_they_may_be_compared(folder, tmp_path, capsys):
   assert lines[0].startswith("another reference: reference.sha256 is")
   assert "the second was forced" in lines[1]
   assert lines[2].startswith("no measure in common")
-  (tmp_path / "no.json").write_text("{}")
-  assert run("--compare", a, tmp_path / "no.json") == 1
-  assert "no.json is no receipt of format 1" in line(capsys)
+  for content in ("{}", '{"format_version": 1}', "[]"):
+    (tmp_path / "no.json").write_text(content)
+    assert run("--compare", a, tmp_path / "no.json") == 1
+    assert "no.json is no receipt of format 1" in line(capsys)
+  assert run("--compare", a, tmp_path) == 1
+  assert "is a folder; name a receipt in it" in line(capsys)
 
 
-def test_a_sweep_writes_a_receipt_each_and_the_best(folder, workdir, tmp_path):
+def test_a_sweep_writes_a_receipt_each_and_the_best(
+  folder, workdir, tmp_path, capsys
+):
   pytest.importorskip("matplotlib")
   flags = ["--checkpoint", workdir, "--count", 20, "--guidance", "1,1.5"]
   flags += ["--top-k", "0,10"]
@@ -301,6 +330,17 @@ def test_a_sweep_writes_a_receipt_each_and_the_best(folder, workdir, tmp_path):
   assert point == [
     one["numbers"][name] for name in ("classifier_distance", "classifier_score")
   ]
+  # Called again it reads what is there, unless something else is asked.
+  assert by_classifier(folder, *flags, output=tmp_path / "sweep") == 0
+  for other in (["--count", 30], ["--seed", 1], ["--weights", "raw"]):
+    changed = [*flags, *other]
+    code = by_classifier(folder, *changed, output=tmp_path / "sweep")
+    assert code == (0 if other[0] == "--weights" else 1)
+  code = by_classifier(
+    folder, *flags, reference="val.npz", output=tmp_path / "sweep"
+  )
+  assert code == 1
+  assert "is of another reference; name a new folder" in capsys.readouterr().err
   for name in found["best"]:
     x, y = found["points"][name]
     others = [p for n, p in found["points"].items() if n != name]
@@ -387,6 +427,10 @@ def test_fewer_than_fifty_thousand_are_no_fid_unless_stated(
     (["--top-k", "-1"], 1, "top_k -1"),
     (["--count", "21"], 1, "21 images are no equal number of each of 10"),
     (["--guidance", "1,2"], 2, "a sweep's is a folder"),
+    (["--top-p", "2"], 1, "top_p 2.0 is not in [0, 1]"),
+    (["--guided-scales", "2:1"], 1, "guided_scales"),
+    (["--samples", "x"], 2, "--checkpoint does not go with --samples"),
+    (["--fit-classifier", "digits"], 2, "does not go with --fit-classifier"),
     (["--guidance", "a"], 2, "'a' is no number"),
   ],
 )
@@ -521,7 +565,24 @@ def test_devices_and_processes_see_what_one_does(folder):
       1,
       "has 120 images, more than the 100 that are stated",
     ),
+    (
+      [
+        *("--classifier", "{}/classifier", "--samples", "{}/three.npz"),
+        *("--reference", "{}/val.npz"),
+      ],
+      1,
+      "three.npz has 3 images, and measures need 4",
+    ),
+    (
+      [
+        *("--classifier", "{}/classifier", "--samples", "{}/val.npz"),
+        *("--reference", "{}/val.npz", "--guidance", "2"),
+      ],
+      2,
+      "--guidance does not go with --samples",
+    ),
     (["--compare", "{}/none.json", "{}/none.json"], 1, "none.json"),
+    (["--compare", "a", "b", "--seed", "3"], 2, "--seed does not go with"),
   ],
 )
 def test_bad_commands_are_one_line_and_write_nothing(
@@ -530,7 +591,11 @@ def test_bad_commands_are_one_line_and_write_nothing(
   small = np.zeros((4, 8, 8, 3))
   np.savez(folder / "float.npz", arr_0=small)
   np.savez(folder / "small.npz", arr_0=small.astype(np.uint8))
+  three = np.zeros((3, SIDE, SIDE, 3), np.uint8)
+  np.savez(folder / "three.npz", arr_0=three)
   flags = [str(flag).format(folder) for flag in flags]
-  assert run(*flags, "--output", tmp_path / "out.json") == code
+  if flags[0] != "--compare":
+    flags += ["--output", str(tmp_path / "out.json")]
+  assert run(*flags) == code
   assert message in line(capsys)
   assert not list(tmp_path.iterdir())

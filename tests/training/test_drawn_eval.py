@@ -78,12 +78,24 @@ def test_evaluations_measure_what_is_drawn(folder, tmp_path):
     ),
     ({"draws.network": "/no"}, "/no has no inception.safetensors"),
     ({"draws.guidance": float("nan")}, "guidance nan is no number"),
+    ({"draws.count": 21}, "config.draws: 21 images are no equal number"),
+    ({"draws.top_p": 7.0}, "config.draws: top_p 7.0 is not in"),
+    (
+      {"draws.network": "{}/wide"},
+      "config.draws: the classifier .* is of 18x18 pixels and the model of",
+    ),
     ({"eval_every": 0}, "draws.count 20 is for evaluations"),
   ],
 )
 def test_what_makes_no_sense_is_said_before_anything_is_written(
   settings, message, folder, tmp_path
 ):
+  wide = np.random.default_rng(0).integers(0, 256, (150, 18, 18, 3), np.uint8)
+  if not (folder / "wide").exists():
+    classifier.write(folder / "wide", wide, np.arange(150) % 10, "noise")
+  if "draws.network" in settings:
+    network = settings["draws.network"].format(folder)
+    settings = {**settings, "draws.network": network}
   with pytest.raises(ValueError, match=message):
     loop.train(config_of(folder, **settings), tmp_path / "run")
   assert not (tmp_path / "run").exists()

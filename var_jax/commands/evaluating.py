@@ -91,15 +91,24 @@ def add(commands) -> None:
   drawing.add_argument("--smooth", action="store_true")
   drawing.add_argument("--temperature", type=temperature, default=1.0)
   drawing.add_argument("--guided-scales", type=scale_range)
-  parser.set_defaults(run=_evaluate)
+  parser.set_defaults(run=_evaluate, parser=parser)
+
+
+# Flags that mean something together with each way to call the command.
+_DRAWING = {"guidance", "top_k", "top_p", "smooth", "temperature"}
+_DRAWING |= {"guided_scales"}
+_FITTING = {"fit_classifier", "output"}
 
 
 def _evaluate(args) -> int | None:
   if args.compare:
+    _refuse_all_but({"compare"}, args, "--compare")
     return _compare(*args.compare)
+  if args.fit_classifier is not None:
+    _refuse_all_but(_FITTING, args, "--fit-classifier")
   if not args.output:
     raise UsageError("--output is missing; see var-jax evaluate --help.")
-  if args.fit_classifier:
+  if args.fit_classifier is not None:
     return _fit(args)
   _check(args)
   if _is_sweep(args):
@@ -122,7 +131,7 @@ def _fit(args) -> None:
   from var_jax import files
   from var_jax.evaluation import classifier, made_sets
 
-  files.check_new(args.output)
+  files.check_new_file(args.output)
   images = made_sets.OfDataset(args.fit_classifier, "train", None, "resize")
   accuracy = classifier.write(args.output, *images.labelled(), images.name)
   print(
@@ -131,23 +140,42 @@ def _fit(args) -> None:
   )
 
 
+def _refuse_all_but(names: set[str], args, given: str) -> None:
+  said = {
+    name
+    for name, value in vars(args).items()
+    if name not in ("command", "run", "parser", "overrides")
+    and value != args.parser.get_default(name)
+  }
+  for name in sorted(said - names):
+    raise UsageError(
+      f"--{name.replace('_', '-')} does not go with {given}; leave it out."
+    )
+
+
 def _check(args) -> None:
-  if bool(args.inception) == bool(args.classifier):
+  if not args.inception and not args.classifier:
     raise UsageError(
       "give --inception DIR, for FID, or --classifier DIR; `var-jax convert "
       "--inception` and --fit-classifier make them."
     )
-  if bool(args.samples) == bool(args.checkpoint):
-    raise UsageError("give --checkpoint or --samples, one of them.")
+  if args.inception and args.classifier:
+    raise UsageError("--inception does not go with --classifier; take one.")
   if args.tokens and args.reconstruct:
     raise UsageError("--tokens does not go with --reconstruct; take one.")
+  every = set(vars(args))
+  if args.samples:
+    made = {"checkpoint", "tokens", "reconstruct", "weights"}
+    _refuse_all_but(every - made - _DRAWING, args, "--samples")
   for name in ("tokens", "reconstruct"):
-    if getattr(args, name) and not args.checkpoint:
-      raise UsageError(f"--{name} needs --checkpoint, which decodes.")
+    if getattr(args, name):
+      if not args.checkpoint:
+        raise UsageError(f"--{name} needs --checkpoint, which decodes.")
+      _refuse_all_but(every - _DRAWING, args, f"--{name}")
+  if not args.samples and not args.checkpoint:
+    raise UsageError("give --checkpoint or --samples, one of them.")
   if not args.reference and not args.reconstruct:
     raise UsageError("--reference is missing; see var-jax evaluate --help.")
-  if _is_sweep(args) and (args.samples or args.tokens or args.reconstruct):
-    raise UsageError("a sweep draws; give --checkpoint alone.")
   if _is_sweep(args) and args.output.endswith(".json"):
     raise UsageError(f"--output {args.output!r}: a sweep's is a folder.")
   if _is_sweep(args) and args.save_npz:
@@ -181,15 +209,19 @@ def _sweep(args) -> None:
   from var_jax import files
   from var_jax.evaluation import sweep
 
+  sweep.check_folder(args.output)
   looking, model = measuring.open_all(args)
   against, receipts = None, {}
+  for how in _combinations(args):  # mistakes, before anything is drawn
+    measuring.image_set(args, looking, model, how)
   for how in _combinations(args):
     images, about = measuring.image_set(args, looking, model, how)
     reasons = measuring.find_reasons(args, looking, images)
     name = ",".join(f"{k}={how[k]:g}" for k in ("guidance", "top_k", "top_p"))
     path = files.absolute(args.output) / f"{name}.json"
     if path.exists():
-      receipts[name] = sweep.again(path, about)
+      asked = measuring.asked(args, looking, images, about)
+      receipts[name] = sweep.again(path, asked)
     else:
       print(name)
       against = against or measuring.reference_of(args, looking, images)

@@ -114,6 +114,18 @@ def reference_of(args, looking, images):
   return run.against_images(looking, there, split, images.shape)
 
 
+def asked(args, looking, images, about: dict) -> dict:
+  """Return all that a receipt follows from, of what the flags say."""
+  return {
+    "features": looking.network.about,
+    "reference": [args.reference, _split(args), _transform(args)],
+    "images": [images.kind, images.name, images.count, images.checksum()],
+    "order": [args.shuffle, args.seed],
+    "force": args.force,
+    **about,
+  }
+
+
 def to_receipt(args, looking, images, against, reasons, about, output) -> dict:
   """Look at a set and return its receipt; what is interrupted goes on."""
   from var_jax.evaluation import image_sets, measure, run
@@ -144,6 +156,7 @@ def to_receipt(args, looking, images, against, reasons, about, output) -> dict:
     forced=args.force,
     shuffle=args.seed if args.shuffle else None,
     more=more,
+    asked=asked(args, looking, images, about),
     **about,
   )
   if args.save_npz:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from var_jax import images
+from var_jax import checks, images
 from var_jax.data import sources, transforms
 from var_jax.generation import sampler
 from var_jax.parallel import multihost
@@ -31,14 +31,12 @@ class Drawn:
       how: options, as `Model.sample` has them.
 
     Raises:
-      ValueError: the classes do not go into the count.
+      ValueError: the classes do not go into the count, or an option makes no
+        sense.
     """
+    check_options(model.config, **how)
     C = model.config.transformer.num_classes
-    if count % C:
-      raise ValueError(
-        f"{count} images are no equal number of each of {C} classes; use a "
-        f"multiple, like {-(-count // C) * C}."
-      )
+    check_count(count, C)
     rng = np.random.default_rng(seed)
     self.labels = rng.permutation(np.repeat(np.arange(C), count // C))
     self._model, self._seed, self._how = model, seed, how
@@ -56,6 +54,27 @@ class Drawn:
   def checksum(self) -> str:
     """Return that of what decides the images besides the weights."""
     return _digest(self.labels, self._seed, sorted(self._how.items()))
+
+
+def check_count(count: int, classes: int) -> None:
+  """Raise ValueError unless as many images of each class make the count."""
+  if count % classes:
+    raise ValueError(
+      f"{count} images are no equal number of each of {classes} classes; use a "
+      f"multiple, like {-(-count // classes) * classes}."
+    )
+
+
+def check_options(
+  config, guidance, top_k, top_p, temperature=1.0, guided_scales=None, **_
+) -> None:
+  """Raise ValueError if `Model.sample` would refuse the options.
+
+  Args:
+    config: of the tokenizer and of the transformer.
+  """
+  checks.options(guidance, top_k, top_p, temperature, config.tokenizer)
+  checks.guided_scales(guided_scales, config.transformer)
 
 
 class Decoded:
@@ -81,6 +100,7 @@ class Decoded:
         f"{path}: tokens are {tokens_NL.dtype} {tokens_NL.shape}; give integers"
         f" [N, {schedule.num_tokens}]."
       )
+    checks.tokens(tokens_NL, schedule, model.config.tokenizer)
     self._model, self._tokens_NL = model, tokens_NL
     self.name, self.count = path, len(tokens_NL)
     self.shape = (*model.config.tokenizer.image_shape, 3)

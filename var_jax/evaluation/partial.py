@@ -8,6 +8,7 @@ A part is written aside and gets its name when it is whole.
 
 import io
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from etils import epath
 from var_jax import files
 
 Part = Mapping[str, np.ndarray]
+
+_DAMAGE = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile)
 
 
 class Partial:
@@ -30,10 +33,10 @@ class Partial:
     # As JSON gives it back.
     self._settings = json.loads(json.dumps(settings))
     path = self.folder / "settings.json"
-    if path.exists() and files.read_json(path) != self._settings:
+    if path.exists() and _json(path) != self._settings:
       raise ValueError(
-        f"{self.folder} has what an interrupted measurement with other settings"
-        " left; remove it, or give those."
+        f"{self.folder} has what a measurement with other settings left; remove"
+        " it, or give those."
       )
     self._waiting, self._waiting_count = [], 0
     self._saved = self._whole_parts()
@@ -89,11 +92,20 @@ def _name(start: int) -> str:
   return f"{start:08d}.npz"
 
 
+def _json(path: epath.Path) -> Any:
+  try:
+    return json.loads(path.read_text())
+  except ValueError:
+    return None  # cut short, so of no settings
+
+
 def _read(path: epath.Path) -> dict[str, np.ndarray]:
   try:
     with np.load(io.BytesIO(path.read_bytes())) as arrays:
-      return dict(arrays)
-  except (ValueError, OSError, EOFError) as error:
+      part = dict(arrays)
+      part["pooled_BD"]  # every part has them
+      return part
+  except _DAMAGE as error:
     raise ValueError(
       f"{path} cannot be read ({error}); remove {path.parent} and begin anew."
     ) from None

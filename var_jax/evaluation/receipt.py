@@ -17,6 +17,14 @@ VERSION = 1
 # Runs of one class that are so many times longer than chance are no accident.
 SORTED = 3.0
 
+_FORM = {
+  "numbers": dict,
+  "features": dict,
+  "reference": dict,
+  "images": dict,
+  "forced": list,
+}
+
 # What two receipts must share, and what is said if they do not.
 _SAME = {
   "features.sha256": "another feature network",
@@ -93,8 +101,15 @@ def read(path: epath.PathLike) -> dict[str, Any]:
   Raises:
     ValueError: it is none.
   """
-  found = files.read_json(files.absolute(path))
-  if not isinstance(found, dict) or found.get("format_version") != VERSION:
+  path = files.absolute(path)
+  if path.is_dir():
+    raise ValueError(f"{path} is a folder; name a receipt in it.")
+  found = files.read_json(path)
+  if (
+    not isinstance(found, dict)
+    or found.get("format_version") != VERSION
+    or any(not isinstance(found.get(k), kind) for k, kind in _FORM.items())
+  ):
     raise ValueError(
       f"{path} is no receipt of format {VERSION}; give what `var-jax evaluate` "
       "wrote."

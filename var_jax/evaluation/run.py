@@ -26,6 +26,7 @@ from var_jax.evaluation.partial import Partial
 from var_jax.evaluation.receipt import Reason
 
 _SAVE_EVERY = 30.0  # seconds
+_LEAST = 4  # images: three neighbours, and oneself
 
 # Takes (images done, of all, those that were done before).
 Progress = Callable[[int, int, int], None]
@@ -68,19 +69,23 @@ def look(
   looking.progress(done, images.count, start)
   size = looking.batch_size
   batches = images.batches(size, start)
-  for pixels, features in networks.extract(
-    looking.network, batches, size, looking.mesh
-  ):
-    part = features.present() | ({"pixels": pixels} if keep_pixels else {})
-    done += len(pixels)
-    if kept is None:
-      parts.append(part)
-    else:
-      kept.add(part)
-      if time.monotonic() - saved > _SAVE_EVERY:
-        kept.save()
-        saved = time.monotonic()
-    looking.progress(done, images.count, start)
+  found = networks.extract(looking.network, batches, size, looking.mesh)
+  try:
+    for pixels, features in found:
+      part = features.present() | ({"pixels": pixels} if keep_pixels else {})
+      done += len(pixels)
+      if kept is None:
+        parts.append(part)
+      else:
+        kept.add(part)
+        if time.monotonic() - saved > _SAVE_EVERY:
+          kept.save()
+          saved = time.monotonic()
+      looking.progress(done, images.count, start)
+  except KeyboardInterrupt:
+    if kept:
+      kept.save()
+    raise
   if kept:
     kept.save()
   return measure.gather(kept.parts() if kept else parts)
@@ -174,6 +179,11 @@ def reasons_before(
     ValueError: there are more.
   """
   names, found = looking.network.names, []
+  if images.count < _LEAST:
+    raise ValueError(
+      f"{images.name} has {images.count} images, and measures need {_LEAST}; "
+      "give more."
+    )
   if images.count > stated:
     raise ValueError(
       f"{images.name} has {images.count} images, more than the {stated} that "

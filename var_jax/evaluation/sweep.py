@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,16 +15,39 @@ from var_jax.evaluation import receipt
 Receipts = Mapping[str, Mapping[str, Any]]
 
 
-def again(path: epath.PathLike, about: Mapping[str, Any]) -> dict[str, Any]:
+# What a sweep leaves in its folder.
+_OURS = re.compile(r"guidance=.*\.json(\.partial)?|sweep\.(json|png)")
+
+
+def check_folder(path: epath.PathLike) -> None:
+  """Raise ValueError unless a sweep can be written, or go on, there."""
+  path = files.absolute(path)
+  if not path.exists():
+    files.check_new_file(path)
+    return
+  if not path.is_dir():
+    raise ValueError(f"{path} is a file; name a folder for a sweep.")
+  others = [p.name for p in path.iterdir() if not _OURS.fullmatch(p.name)]
+  if others:
+    raise ValueError(
+      f"{path} has {others[0]}, which is no sweep's; name a new folder."
+    )
+
+
+def again(path: epath.PathLike, asked: Mapping[str, Any]) -> dict[str, Any]:
   """Return a receipt that an earlier call wrote.
 
+  Args:
+    asked: what the call asks for, as it is in the receipt.
+
   Raises:
-    ValueError: it is of other settings.
+    ValueError: it is of something else.
   """
   found = receipt.read(path)
-  for name, value in about.items():
-    # As JSON has them, tuples are lists.
-    if found.get(name) != _plain(value):
+  there = found.get("asked") or {}
+  # As JSON has them, tuples are lists.
+  for name, value in json.loads(json.dumps(asked)).items():
+    if there.get(name) != value:
       raise ValueError(
         f"{path} is of another {name}; name a new folder for this sweep."
       )
@@ -98,7 +122,3 @@ def _plot(names, points_N2, kept, distance: str, score: str) -> bytes:
   figure.savefig(data, format="png", dpi=120)
   plt.close(figure)
   return data.getvalue()
-
-
-def _plain(value):
-  return json.loads(json.dumps(value))

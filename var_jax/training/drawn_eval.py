@@ -53,15 +53,26 @@ class Draws:
   its name: one of fewer images is another measure.
   """
 
-  def __init__(self, cfg: DrawsConfig, mesh, batch_size: int):
+  def __init__(self, cfg: DrawsConfig, model_config, mesh, batch_size: int):
     """Open the network.
 
+    Args:
+      model_config: of tokenizer and transformer.
+
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or it or an option does not suit the model.
     """
     self._cfg, self._mesh, self._batch_size = cfg, mesh, batch_size
     self._network = networks.open_either(cfg.network)
     self._reference = None
+    made_sets.check_options(model_config, cfg.guidance, cfg.top_k, cfg.top_p)
+    made_sets.check_count(cfg.count, model_config.transformer.num_classes)
+    shape, suits = model_config.tokenizer.image_shape, self._network.shape
+    if suits and suits[:2] != shape:
+      raise ValueError(
+        f"the classifier {cfg.network} is of {suits[0]}x{suits[1]} pixels and "
+        f"the model of {shape[0]}x{shape[1]}; fit another."
+      )
 
   def __call__(
     self, run, model: Model, stopped: Stopped

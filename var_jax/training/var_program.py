@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
-from var_jax.api import Model
+from var_jax.api import Model, ModelConfig
 from var_jax.checkpoints import weights
 from var_jax.generation import sampler
 from var_jax.parallel import mesh as mesh_lib
@@ -76,7 +76,13 @@ def make(
       f"draws.count {draws.count} is for evaluations, and there are none; set "
       "eval_every."
     )
-  measure = draws.count and Draws(draws, mesh, config.data.batch_size)
+  measure = None
+  if draws.count:
+    of_model = ModelConfig(training.tokenizer.cfg, training.var.cfg)
+    try:
+      measure = Draws(draws, of_model, mesh, config.data.batch_size)
+    except ValueError as error:
+      raise ValueError(f"config.draws: {error}") from None
 
   def drawn(run, state, stopped) -> Mapping[str, float] | None:
     if not measure:
