@@ -555,6 +555,11 @@ def test_devices_and_processes_see_what_one_does(folder):
     (
       ["--classifier", "{}/classifier", "--tokens", "a", "--samples", "b"],
       2,
+      "--tokens does not go with --samples",
+    ),
+    (
+      ["--classifier", "{}/classifier", "--tokens", "a"],
+      2,
       "--tokens needs --checkpoint",
     ),
     (
