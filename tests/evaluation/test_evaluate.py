@@ -119,6 +119,14 @@ def test_a_receipt_has_the_numbers_and_what_they_depend_on(folder, tmp_path):
   assert not (tmp_path / "a.json.partial").exists()
 
 
+def test_a_classifier_is_fitted_to_the_size_of_a_model(folder, tmp_path):
+  source = ["--fit-classifier", f"npz:{folder / 'train.npz'}"]
+  size = ["--image-size", 8]
+  assert run(*source, *size, "--output", tmp_path / "small") == 0
+  about, _ = classifier.read(tmp_path / "small")
+  assert about["shape"] == [8, 8, 3] and about["held_out_accuracy"] > 0.8
+
+
 def test_few_images_are_warned_of_with_what_it_costs(folder, tmp_path, capsys):
   output = tmp_path / "a.json"
   flags = ["--samples", folder / "val.npz"]

@@ -53,6 +53,11 @@ def add(commands) -> None:
     metavar="SOURCE",
     help="fit a small classifier to a dataset; --output is its folder",
   )
+  network.add_argument(
+    "--image-size",
+    type=positive,
+    help="pixels that --fit-classifier resizes to, as a model has; else none",
+  )
   how = parser.add_argument_group("how")
   how.add_argument(
     "--count",
@@ -97,7 +102,7 @@ def add(commands) -> None:
 # Flags that mean something together with each way to call the command.
 _DRAWING = {"guidance", "top_k", "top_p", "smooth", "temperature"}
 _DRAWING |= {"guided_scales"}
-_FITTING = {"fit_classifier", "output"}
+_FITTING = {"fit_classifier", "image_size", "output"}
 
 
 def _evaluate(args) -> int | None:
@@ -132,7 +137,8 @@ def _fit(args) -> None:
   from var_jax.evaluation import classifier, made_sets
 
   files.check_new_file(args.output)
-  images = made_sets.OfDataset(args.fit_classifier, "train", None, "resize")
+  shape = args.image_size and (args.image_size, args.image_size)
+  images = made_sets.OfDataset(args.fit_classifier, "train", shape, "resize")
   accuracy = classifier.write(args.output, *images.labelled(), images.name)
   print(
     f"wrote {args.output}, a classifier that is right on {accuracy:.3f} of a "
@@ -154,6 +160,8 @@ def _refuse_all_but(names: set[str], args, given: str) -> None:
 
 
 def _check(args) -> None:
+  if args.image_size:
+    raise UsageError("--image-size is of --fit-classifier; leave it out.")
   if not args.inception and not args.classifier:
     raise UsageError(
       "give --inception DIR, for FID, or --classifier DIR; `var-jax convert "
