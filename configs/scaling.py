@@ -9,9 +9,6 @@ import runpy
 
 import ml_collections
 
-from var_jax.training.config import section
-from var_jax.training.var_step import VARLossConfig
-
 # A config file is a script: its neighbours are no package.
 _VAR = runpy.run_path(str(pathlib.Path(__file__).with_name("var.py")))
 
@@ -43,9 +40,7 @@ def get_config(preset: str = "imagenet") -> ml_collections.ConfigDict:
   config.ladder.width = width  # a layer of depth
   if name == "fashion32":
     config.steps = 1250
-  # Regularisers grow with size in the recipe, and labels are never smoothed
-  # in a measure: a law is of one loss.
+  # Drop path grows with size in the recipe: a law is of one recipe.
   config.model.drop_path = 0.0
-  config.loss = section(VARLossConfig)
   config.eval_every = max(1, config.steps // 5)
   return config

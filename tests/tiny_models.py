@@ -37,7 +37,7 @@ def var_config(tokenizer: TokenizerConfig, classes: int = 10) -> VARConfig:
 
 
 def write_var(folder, scales: tuple[int, ...] = (1, 2)) -> None:
-  """Fill an empty folder with a tokenizer and a transformer of noise."""
+  """Fill a new or empty folder with a tokenizer and a transformer of noise."""
   tokenizer = tokenizer_config(scales)
   var = var_config(tokenizer)
   rng = np.random.default_rng(0)

@@ -4,13 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import tiny_models
 
 from configs import scaling as ladders
-from configs import tokenizer as tokenizer_presets
 from var_jax import cli
 from var_jax.bench import scaling
 from var_jax.bench.scaling import MEASURES, Point
-from var_jax.training import loop
 
 
 def points(noise=0.0):
@@ -94,9 +93,7 @@ def test_rungs_differ_in_depth_width_and_heads_only(preset):
 
 def test_a_ladder_is_trained_read_again_and_fitted(tmp_path, capsys):
   pytest.importorskip("matplotlib")
-  tokenizer = tokenizer_presets.get_config("tiny")
-  tokenizer.steps = 1
-  loop.train(tokenizer, tmp_path / "tokenizer")
+  tiny_models.write_var(tmp_path / "tokenizer", (1, 4, 8))
   flags = ["bench", "scaling", "--config", "configs/scaling.py:tiny"]
   flags += ["--output", str(tmp_path / "out"), "--config.steps=4"]
   flags += [f"--config.tokenizer_path={tmp_path / 'tokenizer'}"]

@@ -26,7 +26,7 @@ def test_an_archive_is_read_in_batches(save, name, tmp_path):
   assert (found.count, found.shape) == (7, (4, 6, 3))
   np.testing.assert_array_equal(all_of(found), PIXELS)
   digest = hashlib.sha256((tmp_path / "a.npz").read_bytes()).hexdigest()
-  assert found.checksum() == digest and not found.lossy
+  assert found.sha256 == digest and not found.lossy
 
 
 def test_grey_images_have_three_equal_channels(tmp_path):
@@ -45,10 +45,10 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
   order = [0, 2, 4, 6, 1, 3, 5]
   np.testing.assert_array_equal(all_of(found), PIXELS[order])
   assert not found.lossy
-  before = found.checksum()
+  before = found.sha256
   Image.fromarray(PIXELS[0]).save(tmp_path / "class1" / "5.png")
   changed = image_sets.open_set(str(tmp_path))
-  assert changed.checksum() != before
+  assert changed.sha256 != before
   Image.fromarray(PIXELS[0]).save(tmp_path / "z.jpg")
   assert image_sets.open_set(str(tmp_path)).lossy
 

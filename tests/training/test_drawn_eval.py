@@ -5,9 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny_models
 
 import var_jax
-from configs import tokenizer as tokenizer_presets
 from configs import var as var_presets
 from var_jax.evaluation import classifier, made_sets, measure, networks
 from var_jax.parallel import mesh as mesh_lib
@@ -19,9 +19,7 @@ COUNT, HELD_OUT = 20, 50
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("drawn")
-  tokenizer = tokenizer_presets.get_config("tiny")
-  tokenizer.steps, tokenizer.data.batch_size = 1, 8
-  loop.train(tokenizer, folder / "tokenizer")
+  tiny_models.write_var(folder / "tokenizer", (1, 4, 8))
   real = made_sets.OfDataset("digits", "train", (16, 16), "resize")
   classifier.write(folder / "classifier", *real.labelled(), "digits")
   return folder

@@ -122,7 +122,7 @@ def print_laws(found: dict[str, Any], published: dict[str, Any]) -> None:
         x,
         f"{law['b']:.4f}",
         f"{low:.4f} .. {high:.4f}",
-        f"{published[x][name][1]}",
+        f"{published[x][name]}",
         f"{law['correlation']:.3f}",
         str(law["points"]),
       )

@@ -48,7 +48,7 @@ def read(
   found = dict(tensor_files.read_tensors(path))
   for name, shape in shapes.items():
     if name not in found or found[name].shape != shape:
-      raise ValueError(f"{path} has no {name} of shape {shape}; convert again.")
+      raise ValueError(f"{path} has no {name} of shape {shape}; make it again.")
   return found
 
 

@@ -100,8 +100,9 @@ def add(commands) -> None:
 
 
 # Flags that mean something together with each way to call the command.
-_DRAWING = {"guidance", "top_k", "top_p", "smooth", "temperature"}
-_DRAWING |= {"guided_scales"}
+_DRAWING = {
+  "guidance", "top_k", "top_p", "smooth", "temperature", "guided_scales"
+}  # fmt: skip
 _FITTING = {"fit_classifier", "image_size", "output"}
 
 

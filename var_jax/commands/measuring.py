@@ -93,7 +93,8 @@ def _split(args) -> str:
     return args.reference_split
   if not args.reference:
     return "val"  # the originals
-  named = args.reference.startswith(("folder:", "tfds:", "digits"))
+  spec = args.reference
+  named = spec == "digits" or spec.startswith(("folder:", "tfds:"))
   return "train" if named else ""
 
 
@@ -119,7 +120,7 @@ def asked(args, looking, images, about: dict) -> dict:
   return {
     "features": looking.network.about,
     "reference": [args.reference, _split(args), _transform(args)],
-    "images": [images.kind, images.name, images.count, images.checksum()],
+    "images": [images.kind, images.name, images.count, images.sha256],
     "order": [args.shuffle, args.seed],
     "force": args.force,
     **about,
@@ -134,7 +135,7 @@ def to_receipt(args, looking, images, against, reasons, about, output) -> dict:
   keep_pixels = bool(args.save_npz or args.reconstruct)
   settings = {
     "features": looking.network.about,
-    "images": [images.kind, images.name, images.count, images.checksum()],
+    "images": [images.kind, images.name, images.count, images.sha256],
     "pixels": keep_pixels,
     **about,
   }

@@ -4,6 +4,7 @@ Both are read a batch at a time, whatever they hold. Images are uint8: what is
 measured is what would be written, rounded once.
 """
 
+import functools
 import hashlib
 import pathlib
 import zipfile
@@ -39,8 +40,9 @@ class ImageSet(Protocol):
     """
     ...
 
-  def checksum(self) -> str:
-    """Return a SHA-256 of the pixels' files."""
+  @property
+  def sha256(self) -> str:
+    """A digest of the images, or of what decides them."""
     ...
 
 
@@ -90,7 +92,8 @@ class Folder:
         pixels.append(image_HW3)
       yield np.stack(pixels)
 
-  def checksum(self) -> str:
+  @functools.cached_property
+  def sha256(self) -> str:
     digest = hashlib.sha256()
     for path in self.files:
       digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -149,7 +152,8 @@ class Archive:
           pixels.reshape(b, *self.shape[:2], -1), (b, *self.shape)
         )
 
-  def checksum(self) -> str:
+  @functools.cached_property
+  def sha256(self) -> str:
     return files.sha256(self.path)
 
   def _bytes(self, file, count: int) -> bytes:

@@ -4,6 +4,7 @@ None of them goes through a file: pixels are rounded once, on their way to the
 network. Each is the same whenever it is asked, from any image on.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 
@@ -51,7 +52,8 @@ class Drawn:
     for drawn in rest:
       yield images.to_uint8(multihost.gathered(drawn.images_BHW3))
 
-  def checksum(self) -> str:
+  @functools.cached_property
+  def sha256(self) -> str:
     """Return that of what decides the images besides the weights."""
     return _digest(self.labels, self._seed, sorted(self._how.items()))
 
@@ -110,7 +112,8 @@ class Decoded:
       image_BHW3 = self._model.decode(self._tokens_NL[first : first + size])
       yield images.to_uint8(multihost.gathered(image_BHW3))
 
-  def checksum(self) -> str:
+  @functools.cached_property
+  def sha256(self) -> str:
     return _digest(self._tokens_NL)
 
 
@@ -153,7 +156,8 @@ class OfDataset:
     pixels, labels = zip(*pairs, strict=True)
     return np.stack(pixels), np.asarray(labels)
 
-  def checksum(self) -> str:
+  @functools.cached_property
+  def sha256(self) -> str:
     digest = hashlib.sha256()
     for pixels in self.batches(1):
       digest.update(np.ascontiguousarray(pixels).data)
@@ -179,8 +183,9 @@ class Reconstructed:
       again_BHW3 = self._model.decode(tokens_BL)
       yield images.to_uint8(multihost.gathered(again_BHW3))
 
-  def checksum(self) -> str:
-    return self.originals.checksum()
+  @functools.cached_property
+  def sha256(self) -> str:
+    return self.originals.sha256
 
 
 def _digest(*values) -> str:

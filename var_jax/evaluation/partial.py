@@ -1,7 +1,7 @@
 """Features that a measurement has so far, so that a killed one goes on.
 
     FOLDER/settings.json    what they are of
-    FOLDER/000000.npz ..    features of images from that number on
+    FOLDER/00000000.npz ..  features of images from that number on
 
 A part is written aside and gets its name when it is whole.
 """

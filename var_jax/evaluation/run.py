@@ -110,7 +110,7 @@ def against_images(
   looks = look(looking, images)
   about = {
     "name": images.name,
-    "sha256": images.checksum(),
+    "sha256": images.sha256,
     "split": split,
     "count": images.count,
     "transform": getattr(images, "transform", None),
@@ -267,7 +267,7 @@ def to_receipt(
     images={
       "kind": images.kind,
       "name": images.name,
-      "sha256": images.checksum(),
+      "sha256": images.sha256,
       "count": images.count,
       "shape": list(images.shape),
       "lossy": images.lossy,
