@@ -52,8 +52,12 @@ def codebook_of(state):
   return np.asarray(state.params["params"]["codebook"])
 
 
+def latents(variables):
+  return TOKENIZER.apply(variables, images(), method="to_latent")
+
+
 def wanted_vectors(variables, scale=None):
-  f_BhwZ = TOKENIZER.apply(variables, images(), method="to_latent")
+  f_BhwZ = latents(variables)
   _, f_hats = TOKENIZER.apply(variables, f_BhwZ, method="quantize_latent")
   wanted_BLZ = quantizer.wanted_vectors(f_BhwZ, f_hats, CFG.schedule)
   if scale is not None:
@@ -71,7 +75,8 @@ def assert_near(code, wanted_MZ):
 def move(state, dead_V, wanted_by_S=None):
   moved = jax.jit(codes.move_dead, static_argnums=0, compiler_options=QUICK)
   key = jax.random.key(2)
-  return moved(TOKENIZER, state, images(), key, dead_V, wanted_by_S)
+  f_BhwZ = latents(state.params)
+  return moved(TOKENIZER, state, f_BhwZ, key, dead_V, wanted_by_S)
 
 
 def test_dead_codes_move_onto_wanted_vectors_and_living_ones_stay():
@@ -101,7 +106,8 @@ def start(rounds):
     codes.start_from_data, static_argnums=(0, 4), compiler_options=QUICK
   )
   state = state_of(jnp.zeros((2, 16)), step=0)
-  return started(TOKENIZER, state, images(), jax.random.key(2), rounds)
+  f_BhwZ = latents(state.params)
+  return started(TOKENIZER, state, f_BhwZ, jax.random.key(2), rounds)
 
 
 def test_without_rounds_the_first_codes_are_vectors_of_the_data():
@@ -111,7 +117,7 @@ def test_without_rounds_the_first_codes_are_vectors_of_the_data():
 
 def test_a_round_of_k_means_moves_codes_to_the_means_of_their_residuals():
   state = start(0)
-  f_BhwZ = TOKENIZER.apply(state.params, images(), method="to_latent")
+  f_BhwZ = latents(state.params)
   tokens_BL, _ = TOKENIZER.apply(state.params, f_BhwZ, method="quantize_latent")
   wanted_MZ, tokens_M = wanted_vectors(state.params), np.ravel(tokens_BL)
   after = codebook_of(start(1))

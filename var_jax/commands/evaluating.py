@@ -20,7 +20,11 @@ def add(commands) -> None:
   )
   what = parser.add_argument_group("what is measured")
   what.add_argument("--checkpoint", help="a workdir, which draws or decodes")
-  what.add_argument("--samples", help="a folder of images, or an .npz")
+  what.add_argument(
+    "--samples",
+    help="a folder of images, or an .npz; or a source like npz:held_out.npz, "
+    "which is brought to the size of a classifier",
+  )
   what.add_argument("--tokens", help="an .npz, which --checkpoint decodes")
   what.add_argument(
     "--reconstruct",

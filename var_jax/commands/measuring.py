@@ -40,7 +40,10 @@ def image_set(args, looking, model, how: dict):
   from var_jax.evaluation import image_sets, made_sets
 
   if args.samples:
-    return image_sets.open_set(args.samples), {}
+    if not _is_source(args.samples):
+      return image_sets.open_set(args.samples), {}
+    shape = looking.network.shape and looking.network.shape[:2]
+    return made_sets.OfDataset(args.samples, "val", shape, _transform(args)), {}
   about = {"checkpoint": weights.identity(args.checkpoint, args.weights)}
   if args.tokens:
     return made_sets.Decoded(model, args.tokens), about
@@ -59,6 +62,10 @@ def image_set(args, looking, model, how: dict):
   count = args.count or max(C, wanted - wanted % C)
   drawn = made_sets.Drawn(model, count, args.seed, **how)
   return drawn, {**about, "sampler": {**how, "seed": args.seed}}
+
+
+def _is_source(spec: str) -> bool:
+  return spec == "digits" or spec.startswith(_SPECS)
 
 
 def _transform(args) -> str:
@@ -104,7 +111,7 @@ def reference_of(args, looking, images):
   spec, split = args.reference, _split(args)
   if not spec:
     there = images.originals
-  elif spec == "digits" or spec.startswith(_SPECS):
+  elif _is_source(spec):
     there = made_sets.OfDataset(
       spec, split or "train", images.shape[:2], _transform(args)
     )

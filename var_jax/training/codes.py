@@ -146,7 +146,7 @@ def collapsed(cfg: CollapseConfig, state: TrainState) -> jax.Array:
 def start_from_data(
   tokenizer: Tokenizer,
   state: TrainState,
-  image_BHW3: jax.Array,
+  f_BhwZ: jax.Array,
   key: jax.Array,
   rounds: int,
 ) -> TrainState:
@@ -156,9 +156,9 @@ def start_from_data(
   mean of the residuals that chose it, and draws anew those that none chose.
 
   Args:
+    f_BhwZ: latents of a batch.
     rounds: 0 leaves the codes on vectors drawn at random.
   """
-  f_BhwZ = tokenizer.apply(state.params, image_BHW3, method="to_latent")
   V = tokenizer.cfg.vocab_size
 
   def take_round(number, codebook_VZ):
@@ -167,19 +167,19 @@ def start_from_data(
     sum_VZ = jax.ops.segment_sum(wanted_MZ, tokens_M, V)
     mean_VZ = sum_VZ / jnp.maximum(hits_V, 1)[:, None]
     drawn_VZ = _drawn(jax.random.fold_in(key, number), wanted_MZ, V)
-    return jnp.where(hits_V[:, None] > 0, mean_VZ, drawn_VZ)
+    # Round 0 draws them all.
+    moved_V = (number > 0) & (hits_V > 0)
+    return jnp.where(moved_V[:, None], mean_VZ, drawn_VZ)
 
   codebook_VZ = state.params["params"]["codebook"]
-  _, wanted_MZ = _wanted(tokenizer, state.params, codebook_VZ, f_BhwZ)
-  codebook_VZ = _drawn(jax.random.fold_in(key, 0), wanted_MZ, V)
-  codebook_VZ = jax.lax.fori_loop(1, rounds + 1, take_round, codebook_VZ)
+  codebook_VZ = jax.lax.fori_loop(0, rounds + 1, take_round, codebook_VZ)
   return _with_codes(state, codebook_VZ, jnp.ones(V, bool))
 
 
 def move_dead(
   tokenizer: Tokenizer,
   state: TrainState,
-  image_BHW3: jax.Array,
+  f_BhwZ: jax.Array,
   key: jax.Array,
   dead_V: jax.Array,
   wanted_by_S: jax.Array | None = None,
@@ -187,16 +187,16 @@ def move_dead(
   """Return the state with dead codes on vectors that a batch asks for.
 
   Args:
+    f_BhwZ: latents of the batch.
     wanted_by_S: bool, the scales whose vectors count; all of them if None.
   """
   scales = tokenizer.cfg.schedule
   codebook_VZ = state.params["params"]["codebook"]
-  f_BhwZ = tokenizer.apply(state.params, image_BHW3, method="to_latent")
   _, wanted_MZ = _wanted(tokenizer, state.params, codebook_VZ, f_BhwZ)
   odds_M = None
   if wanted_by_S is not None:
     odds_L = wanted_by_S[scales.level_ids()].astype(jnp.float32)
-    odds_M = jnp.tile(odds_L, len(image_BHW3))
+    odds_M = jnp.tile(odds_L, len(f_BhwZ))
     odds_M /= jnp.maximum(jnp.sum(odds_M), 1.0)
   drawn_VZ = _drawn(key, wanted_MZ, len(codebook_VZ), odds_M)
   # Moved codes count as in even use, or they would be dead next time too.

@@ -193,40 +193,56 @@ def _tend(
   tokenizer, cfg, collapse, seed, state, batch
 ) -> tuple[TrainState, jax.Array]:
   """Look after the codes before a step; return also what collapses, [S]."""
-  image_BHW3 = to_float_images(batch["image"])
-  key = step_key(seed, REVIVAL, state.step)
-  restore_key = step_key(seed, RESTORATION, state.step)
   collapsed_S = codes.collapsed(collapse, state)
   found = jnp.any(collapsed_S)
-  if cfg.revive_every or cfg.kmeans_rounds:
+  tends = bool(cfg.revive_every or cfg.kmeans_rounds)
+  mends = collapse.policy == "revive"
+  which = jnp.int32(0)
+  if tends:
+    every = cfg.revive_every
+    time = state.step % every == 0 if every else False
+    which = jnp.where(codes.is_new(state), 1, jnp.where(time, 2, 0))
+
+  def look_after(state):
+    """Move codes; in one branch, so that latents are compiled only once."""
+    image_BHW3 = to_float_images(batch["image"])
+    f_BhwZ = tokenizer.apply(state.params, image_BHW3, method="to_latent")
+    key = step_key(seed, REVIVAL, state.step)
 
     def start(state):
       return codes.start_from_data(
-        tokenizer, state, image_BHW3, key, cfg.kmeans_rounds
+        tokenizer, state, f_BhwZ, key, cfg.kmeans_rounds
       )
 
     def revive(state):
       dead_V = codes.dead(state, cfg.revive_below)
-      return codes.move_dead(tokenizer, state, image_BHW3, key, dead_V)
-
-    every = cfg.revive_every
-    time = state.step % every == 0 if every else False
-    which = jnp.where(codes.is_new(state), 1, jnp.where(time, 2, 0))
-    state = jax.lax.switch(which, [lambda state: state, start, revive], state)
-  if collapse.policy == "revive":
+      return codes.move_dead(tokenizer, state, f_BhwZ, key, dead_V)
 
     def restore(state):
+      key = step_key(seed, RESTORATION, state.step)
       moved_V = codes.least_used(state, cfg.revive_below)
       return codes.move_dead(
-        tokenizer, state, image_BHW3, restore_key, moved_V, collapsed_S
+        tokenizer, state, f_BhwZ, key, moved_V, collapsed_S
       )
 
-    state = jax.lax.cond(found, restore, lambda state: state, state)
-  elif collapse.policy == "lower":
+    if tends:
+      state = jax.lax.switch(which, [_as_it_is, start, revive], state)
+    if mends:
+      state = jax.lax.cond(found, restore, _as_it_is, state)
+    return state
+
+  if tends or mends:
+    due = (which > 0) | (found & mends)
+    state = jax.lax.cond(due, look_after, _as_it_is, state)
+  if collapse.policy == "lower":
     state = state.replace(
       rate=jnp.where(found, codes.lowered(state.rate), state.rate)
     )
   return state, collapsed_S
+
+
+def _as_it_is(state: TrainState) -> TrainState:
+  return state
 
 
 def _rates(schedules, state: TrainState) -> dict[str, jax.Array]:
