@@ -131,7 +131,7 @@ def test_a_classifier_is_fitted_to_the_size_of_a_model(folder, tmp_path):
   flags += ["--reference", f"npz:{folder / 'train.npz'}", "--output", output]
   assert run("--samples", real, *flags) == 0
   images = receipt_of(output)["images"]
-  assert images["size"] == [8, 8, 3] and images["transform"] == "resize"
+  assert images["shape"] == [8, 8, 3] and images["transform"] == "resize"
 
 
 def test_few_images_are_warned_of_with_what_it_costs(folder, tmp_path, capsys):

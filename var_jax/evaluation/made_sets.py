@@ -175,7 +175,7 @@ class Reconstructed:
   def __init__(self, model, originals):
     self._model, self.originals = model, originals
     self.name, self.count = originals.name, originals.count
-    self.shape = originals.shape
+    self.shape, self.transform = originals.shape, originals.transform
 
   def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
     for pixels_BHW3 in self.originals.batches(size, start):

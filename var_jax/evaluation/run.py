@@ -271,6 +271,7 @@ def to_receipt(
       "count": images.count,
       "shape": list(images.shape),
       "lossy": images.lossy,
+      "transform": getattr(images, "transform", None),
     },
     order=order,
     **depends,
