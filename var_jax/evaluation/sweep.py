@@ -113,9 +113,14 @@ def _plot(names, points_N2, kept, distance: str, score: str) -> bytes:
   figure, axes = plt.subplots(figsize=(7, 5))
   axes.plot(*points_N2[kept].T, "-", color="#277f8e")
   axes.plot(*points_N2.T, "o", color="#440154")
-  for name, point in zip(names, points_N2, strict=True):
-    how = dict(xytext=(4, 4), textcoords="offset points", fontsize=7)
+  settings = [name.split(",") for name in names]
+  alike = set(settings[0]).intersection(*settings)
+  for own, point in zip(settings, points_N2, strict=True):
+    name = ", ".join(setting for setting in own if setting not in alike)
+    how = dict(xytext=(5, -9), textcoords="offset points", fontsize=7)
     axes.annotate(name, point, **how)
+  axes.set_title(", ".join(sorted(alike)), fontsize=9)
+  axes.margins(x=0.15)
   axes.set(xlabel=f"{distance} (lower is better)", ylabel=f"{score} (higher)")
   data = io.BytesIO()
   figure.tight_layout()
