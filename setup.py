@@ -35,6 +35,7 @@ setuptools.setup(
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12.8",
     "pillow>=10.1",
+    "protobuf",
     "rich",
     "safetensors>=0.8",
     "scikit-learn>=1.4",

@@ -183,7 +183,7 @@ def test_fewer_images_than_stated_are_refused_or_renamed(
 
 
 def test_a_model_draws_balanced_classes_for_its_receipt(
-  folder, workdir, tmp_path
+  folder, workdir, tmp_path, capsys
 ):
   output, archive = tmp_path / "a.json", tmp_path / "drawn.npz"
   flags = ["--checkpoint", workdir, "--count", 20, "--batch-size", 8]
@@ -192,6 +192,8 @@ def test_a_model_draws_balanced_classes_for_its_receipt(
   found = receipt_of(output)
   assert found["sampler"]["guidance"] == 2.0 and found["sampler"]["seed"] == 0
   assert found["checkpoint"]["step"] == 0
+  assert found["checkpoint"]["weights"] == "raw"
+  assert "has no averaged weights; its own are" in capsys.readouterr().out
   with np.load(archive) as arrays:
     pixels, labels = arrays["arr_0"], arrays["arr_1"]
   assert pixels.shape == (20, SIDE, SIDE, 3) and pixels.dtype == np.uint8
@@ -447,6 +449,7 @@ def test_fewer_than_fifty_thousand_are_no_fid_unless_stated(
     (["--samples", "x"], 2, "--checkpoint does not go with --samples"),
     (["--fit-classifier", "digits"], 2, "does not go with --fit-classifier"),
     (["--guidance", "a"], 2, "'a' is no number"),
+    (["--guidance", "1,2,1.0"], 2, "'1,2,1.0' has a number twice"),
   ],
 )
 def test_bad_draws_are_one_line_and_leave_nothing(
@@ -475,8 +478,8 @@ def test_sorted_classes_are_told_from_shuffled_ones(classes, part):
     assert measure.sortedness(shuffled[:part]) < 3
 
 
-def seen(folder, name, *, processes, devices):
-  """Return what each process of look.py has found."""
+def in_processes(command, processes, devices):
+  """Return the lines that each process says on stdout."""
   environment = dict(
     os.environ,
     JAX_PLATFORMS="cpu",
@@ -491,14 +494,55 @@ def seen(folder, name, *, processes, devices):
     environment["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
     environment["JAX_NUM_PROCESSES"] = str(processes)
     numbered = [{"JAX_PROCESS_ID": str(i)} for i in range(processes)]
-  command = [sys.executable, ROOT / "tests/evaluation/look.py", folder, name]
   running = [
-    subprocess.Popen(command, env={**environment, **number})
+    subprocess.Popen(
+      [sys.executable, *map(str, command)],
+      env={**environment, **number},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
     for number in numbered
   ]
-  assert [p.wait(timeout=300) for p in running] == [0] * processes
+  said = [
+    [
+      line
+      for line in process.communicate(timeout=300)[0].splitlines()
+      if not line.startswith("[Gloo]")
+    ]
+    for process in running
+  ]
+  assert [process.returncode for process in running] == [0] * processes
+  return said
+
+
+def seen(folder, name, *, processes, devices):
+  """Return what each process of look.py has found."""
+  command = [ROOT / "tests/evaluation/look.py", folder, name]
+  in_processes(command, processes, devices)
   places = [f"@{i}" for i in range(processes)] if processes > 1 else [""]
   return [np.load(folder / f"{name}{place}.npz") for place in places]
+
+
+def test_two_processes_write_the_receipt_of_one(folder, workdir, tmp_path):
+  command = ["-m", "var_jax.cli", "evaluate", "--classifier"]
+  command += [folder / "classifier", "--reference", folder / "train.npz"]
+  command += ["--checkpoint", workdir, "--count", 20, "--batch-size", 8]
+  command += ["--guidance", "1,2", "--output"]
+  for name, processes in (("one", 1), ("two", 2)):
+    said = in_processes([*command, tmp_path / name], processes, 2)
+    assert "wrote 2 receipts and sweep.png" in said[0][-1]
+    assert not any(said[1:])
+  names = {path.name for path in (tmp_path / "one").iterdir()}
+  assert names == {path.name for path in (tmp_path / "two").iterdir()}
+  assert len(names) == 4
+  for guidance in (1, 2):
+    name = f"guidance={guidance},top_k=900,top_p=0.96.json"
+    one, two = (receipt_of(tmp_path / x / name) for x in ("one", "two"))
+    assert two["images"] == one["images"]
+    assert two["numbers"] == pytest.approx(one["numbers"], rel=1e-3)
+  # Both go on with what is there.
+  said = in_processes([*command, tmp_path / "two"], 2, 2)
+  assert not any("comparing" in line for line in said[0])
 
 
 def test_devices_and_processes_see_what_one_does(folder):

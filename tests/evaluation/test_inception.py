@@ -1,33 +1,25 @@
 """Features of Inception against PyTorch, with the same random weights."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
 
 from var_jax import cli
-from var_jax.evaluation import inception, inception_weights
+from var_jax.evaluation import (
+  inception,
+  inception_graph,
+  inception_weights,
+  networks,
+)
 
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-@functools.cache
 def reference():
-  """Return a PyTorch network whose batch normalisation does something."""
-  torch = pytest.importorskip("torch")
+  pytest.importorskip("torch")
   import torch_inception
 
-  torch.manual_seed(0)
-  network = torch_inception.Inception().eval()
-  for name, x in network.state_dict().items():
-    if "bn.running_var" in name:
-      x.uniform_(0.5, 2.0)
-    elif ".bn." in name and x.ndim:
-      x.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)
-    elif name.endswith("conv.weight"):
-      x.normal_(0.0, (2 / x[0].numel()) ** 0.5)
-  return network
+  return torch_inception.seeded()
 
 
 def tensors():
@@ -137,9 +129,107 @@ def test_a_folder_is_read_as_it_was_written(tmp_path, capsys):
     inception_weights.read(tmp_path)
 
 
+# Where some layers are in the graph, by hand from a listing of it.
+PLACES = {
+  "Conv2d_1a_3x3": "conv",
+  "Conv2d_4a_3x3": "conv_4",
+  "Mixed_5b.branch1x1": "mixed/conv",
+  "Mixed_5b.branch5x5_2": "mixed/tower/conv_1",
+  "Mixed_5d.branch3x3dbl_3": "mixed_2/tower_1/conv_2",
+  "Mixed_5d.branch_pool": "mixed_2/tower_2/conv",
+  "Mixed_6a.branch3x3": "mixed_3/conv",
+  "Mixed_6a.branch3x3dbl_1": "mixed_3/tower/conv",
+  "Mixed_6c.branch7x7_3": "mixed_5/tower/conv_2",
+  "Mixed_6e.branch7x7dbl_5": "mixed_7/tower_1/conv_4",
+  "Mixed_7a.branch3x3_2": "mixed_8/tower/conv_1",
+  "Mixed_7a.branch7x7x3_4": "mixed_8/tower_1/conv_3",
+  "Mixed_7b.branch3x3_1": "mixed_9/tower/conv",
+  "Mixed_7b.branch3x3_2b": "mixed_9/tower/mixed/conv_1",
+  "Mixed_7c.branch3x3dbl_2": "mixed_10/tower_1/conv_1",
+  "Mixed_7c.branch3x3dbl_3a": "mixed_10/tower_1/mixed/conv",
+}
+
+
+def test_layers_are_found_in_the_graph():
+  for layer, place in PLACES.items():
+    assert inception_graph._place(layer) == place
+
+
+def graph_of(tensors):
+  """Return TensorFlow's graph of a state dict, as its bytes."""
+  from tensorboardX.proto.graph_pb2 import GraphDef
+
+  graph = GraphDef()
+  graph.node.add(name="pool_3", op="AvgPool")
+
+  def add(name, value):
+    tensor = graph.node.add(name=name, op="Const").attr["value"].tensor
+    tensor.dtype = 1
+    for side in value.shape:
+      tensor.tensor_shape.dim.add(size=side)
+    if (value == value.flat[0]).all():
+      tensor.float_val.append(value.flat[0])
+    else:
+      tensor.tensor_content = value.tobytes()
+
+  parts = {
+    "conv.weight": "conv2d_params",
+    "bn.weight": "batchnorm/gamma",
+    "bn.bias": "batchnorm/beta",
+    "bn.running_mean": "batchnorm/moving_mean",
+    "bn.running_var": "batchnorm/moving_variance",
+  }
+  for name, value in tensors.items():
+    layer, _, part = name.rpartition(".")
+    layer, _, kind = layer.rpartition(".")
+    if f"{kind}.{part}" in parts:
+      if value.ndim == 4:
+        value = value.transpose(2, 3, 1, 0)
+      place = inception_graph._place(layer)
+      add(f"{place}/{parts[f'{kind}.{part}']}", value)
+  add("softmax/weights", tensors["fc.weight"].T)
+  add("softmax/biases", tensors["fc.bias"])
+  return graph
+
+
+def test_the_graph_gives_the_weights_of_the_pytorch_file(tmp_path):
+  there = tensors()
+  there["Conv2d_1a_3x3.bn.weight"] = np.ones(32, "f4")  # kept as one value
+  (tmp_path / "graph.pb").write_bytes(graph_of(there).SerializeToString())
+  flags = ["--inception", tmp_path / "graph.pb"]
+  assert convert(*flags, "--output", tmp_path / "folder") == 0
+  found = inception_weights.read(tmp_path / "folder")
+  for name, value in inception_weights.from_torch(there, "here").items():
+    np.testing.assert_array_equal(found[name], value)
+  # Nobody has published a checksum of the graph.
+  assert not networks.open_inception(tmp_path / "folder").official
+
+
+def test_other_graphs_are_refused(tmp_path, capsys):
+  graph = graph_of(tensors())
+  whole = graph.SerializeToString()
+  (last,) = (n for n in graph.node if n.name == "mixed_10/conv/conv2d_params")
+  last.attr["value"].tensor.tensor_content = b"1234"
+  cut = graph.SerializeToString()
+  graph.node.remove(last)
+  for content, message in (
+    (whole[:-7], "is no graph of TensorFlow"),
+    (cut, "mixed_10/conv/conv2d_params is cut short"),
+    (graph.SerializeToString(), "no constant mixed_10/conv/conv2d_params"),
+    (b"", "has no constant softmax/weights"),
+  ):
+    (tmp_path / "graph.pb").write_bytes(content)
+    flags = ["--inception", tmp_path / "graph.pb"]
+    assert convert(*flags, "--output", tmp_path / "folder") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "folder").exists()
+
+
 @pytest.mark.parametrize(
   "flags, code, message",
   [
+    (["--inception", "none.pb"], 1, "none.pb is no file; give classify_image"),
     (["--inception", "none.pth"], 1, "none.pth is no file"),
     (["--inception", "a.pth", "--lpips", "b.pth"], 2, "--lpips does not go"),
     (["--inception", "a.pth", "--verify"], 2, "--verify does not go with"),

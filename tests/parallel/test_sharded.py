@@ -19,8 +19,6 @@ from var_jax.training import loop
 ROOT = pathlib.Path(__file__).parents[2]
 MESHES = (
   "data=8",
-  "fsdp=8",
-  "model=4",
   "data=2,fsdp=2,model=2",
   "slices=2,data=2,fsdp=2",
 )

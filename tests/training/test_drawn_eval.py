@@ -74,7 +74,10 @@ def test_evaluations_measure_what_is_drawn(folder, tmp_path):
       {"draws.network": ""},
       "config.draws: count 20 needs a network that looks",
     ),
-    ({"draws.network": "/no"}, "/no has no inception.safetensors"),
+    (
+      {"draws.network": "/no"},
+      "/no has neither classifier.safetensors nor inception.safetensors; give",
+    ),
     ({"draws.guidance": float("nan")}, "guidance nan is no number"),
     ({"draws.count": 21}, "config.draws: 21 images are no equal number"),
     ({"draws.top_p": 7.0}, "config.draws: top_p 7.0 is not in"),
@@ -82,6 +85,7 @@ def test_evaluations_measure_what_is_drawn(folder, tmp_path):
       {"draws.network": "{}/wide"},
       "config.draws: the classifier .* is of 18x18 pixels and the model of",
     ),
+    ({"eval_samples": 1}, "held-out images, and one has no spread"),
     ({"eval_every": 0}, "draws.count 20 is for evaluations"),
   ],
 )

@@ -40,11 +40,14 @@ def numbers(kind):
 
   def parse(text: str) -> list:
     try:
-      return [kind(number) for number in text.split(",")]
+      found = [kind(number) for number in text.split(",")]
     except ValueError:
       raise argparse.ArgumentTypeError(
         f"{text!r} is no number, nor a list of them like 1,2"
       ) from None
+    if len(set(found)) < len(found):
+      raise argparse.ArgumentTypeError(f"{text!r} has a number twice")
+    return found
 
   return parse
 

@@ -35,7 +35,7 @@ def add(commands) -> None:
     "--lpips", help="the heads of the lpips package, or all of LPIPS"
   )
   losses.add_argument("--vgg", help="VGG16 of torchvision, with the heads")
-  losses.add_argument("--inception", help="the Inception of FID")
+  losses.add_argument("--inception", help="the Inception of FID; or a .pb")
   target = convert.add_argument_group("out")
   target.add_argument("--checkpoint", help="a workdir")
   target.add_argument(

@@ -1,10 +1,13 @@
 """`var-jax evaluate`."""
 
 import itertools
+from functools import partial
 
 from var_jax.commands import measuring
 from var_jax.commands.arguments import (
   UsageError,
+  add_joining,
+  joining,
   numbers,
   positive,
   scale_range,
@@ -100,6 +103,7 @@ def add(commands) -> None:
   drawing.add_argument("--smooth", action="store_true")
   drawing.add_argument("--temperature", type=temperature, default=1.0)
   drawing.add_argument("--guided-scales", type=scale_range)
+  add_joining(parser)
   parser.set_defaults(run=_evaluate, parser=parser)
 
 
@@ -121,9 +125,10 @@ def _evaluate(args) -> int | None:
   if args.fit_classifier is not None:
     return _fit(args)
   _check(args)
-  if _is_sweep(args):
-    return _sweep(args)
-  return _one(args)
+  from var_jax.parallel import multihost
+
+  with multihost.joined(**joining(args)):
+    (_sweep if _is_sweep(args) else _one)(args)
 
 
 def _compare(a: str, b: str) -> int:
@@ -200,8 +205,6 @@ def _is_sweep(args) -> bool:
 
 
 def _one(args) -> None:
-  from var_jax import files
-
   _check_file(args.output, ".json")
   if args.save_npz:
     _check_file(args.save_npz, ".npz")
@@ -211,11 +214,11 @@ def _one(args) -> None:
   )
   reasons = measuring.find_reasons(args, looking, images)
   against = measuring.reference_of(args, looking, images)
-  found = measuring.to_receipt(
-    args, looking, images, against, reasons, about, args.output
+  _print(
+    measuring.measured(
+      args, looking, images, against, reasons, about, args.output
+    )
   )
-  files.write_json(args.output, found)
-  _print(found)
 
 
 def _sweep(args) -> None:
@@ -232,21 +235,22 @@ def _sweep(args) -> None:
     reasons = measuring.find_reasons(args, looking, images)
     name = ",".join(f"{k}={how[k]:g}" for k in ("guidance", "top_k", "top_p"))
     path = files.absolute(args.output) / f"{name}.json"
-    if path.exists():
+    if measuring.told(path.exists):
       asked = measuring.asked(args, looking, images, about)
-      receipts[name] = sweep.again(path, asked)
+      receipts[name] = measuring.told(partial(sweep.again, path, asked))
     else:
-      print(name)
+      measuring.say(name)
       against = against or measuring.reference_of(args, looking, images)
-      path.parent.mkdir(parents=True, exist_ok=True)
-      receipts[name] = measuring.to_receipt(
+      receipts[name] = measuring.measured(
         args, looking, images, against, reasons, about, path
       )
-      files.write_json(path, receipts[name])
     _print(receipts[name])
-  names = looking.network.names
-  sweep.write(args.output, receipts, names.distance, names.score)
-  print(f"wrote {len(receipts)} receipts and sweep.png to {args.output}")
+  if measuring.writes():
+    names = looking.network.names
+    sweep.write(args.output, receipts, names.distance, names.score)
+  measuring.say(
+    f"wrote {len(receipts)} receipts and sweep.png to {args.output}"
+  )
 
 
 def _check_file(path: str, suffix: str) -> None:
@@ -273,6 +277,6 @@ def _combinations(args) -> list[dict]:
 
 def _print(found: dict) -> None:
   for name, value in found["numbers"].items():
-    print(f"{name}  {value:.4f}")
+    measuring.say(f"{name}  {value:.4f}")
   for line in found["warnings"]:
-    print(f"warning: {line}")
+    measuring.say(f"warning: {line}")

@@ -7,6 +7,7 @@ _SPECS = ("npz:", "folder:", "tfds:")
 _STATED = 50_000  # images, of published numbers
 _DRAWN = 10_000  # images, where a classifier looks
 _TELL_EVERY = 10.0  # seconds
+_COMPARE_SECONDS = 3600.0  # that other processes wait while one compares
 
 
 def open_all(args):
@@ -14,6 +15,7 @@ def open_all(args):
   import jax
 
   from var_jax import compile_cache, loading
+  from var_jax.checkpoints import weights
   from var_jax.evaluation import networks, run
   from var_jax.parallel import mesh as mesh_lib
 
@@ -26,12 +28,35 @@ def open_all(args):
   mesh = mesh_lib.make_mesh()
   model = None
   if args.checkpoint:
+    kept = weights.identity(args.checkpoint, args.weights)["weights"]
+    if kept != args.weights:
+      say(f"{args.checkpoint} has no averaged weights; its own are measured")
     model = loading.load(
       args.checkpoint,
       mesh=mesh if jax.device_count() > 1 else None,
       weights=args.weights,
     )
-  return run.Looking(network, mesh, args.batch_size, _Progress()), model
+  progress = _Progress() if writes() else (lambda *_: None)
+  return run.Looking(network, mesh, args.batch_size, progress), model
+
+
+def writes() -> bool:
+  """Return whether this process is the one that writes and speaks."""
+  import jax
+
+  return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+  if writes():
+    print(text, flush=True)
+
+
+def told(make):
+  """Return, in all processes, what the first one makes, as JSON."""
+  from var_jax.parallel import multihost
+
+  return multihost.exchange(make() if writes() else None, _COMPARE_SECONDS)[0]
 
 
 def image_set(args, looking, model, how: dict):
@@ -82,13 +107,15 @@ def _transform(args) -> str:
 
 def find_reasons(args, looking, images) -> list:
   """Return why numbers would have other names; refuse unless forced."""
-  from var_jax.evaluation import receipt, run
+  from var_jax.evaluation import comparable, receipt, run
 
   run.check_suits(looking, images)
   stated = args.count or images.count
   if args.inception and not args.reconstruct:
     stated = args.count or _STATED
-  reasons = run.reasons_before(looking, images, _split(args), stated)
+  reasons = comparable.reasons_before(
+    looking.network, images, _split(args), stated
+  )
   if not args.force:
     receipt.refuse(reasons)
   return reasons
@@ -134,10 +161,15 @@ def asked(args, looking, images, about: dict) -> dict:
   }
 
 
-def to_receipt(args, looking, images, against, reasons, about, output) -> dict:
-  """Look at a set and return its receipt; what is interrupted goes on."""
-  from var_jax.evaluation import image_sets, measure, run
-  from var_jax.evaluation.partial import Partial
+def measured(args, looking, images, against, reasons, about, output) -> dict:
+  """Look at a set, write its receipt and return it.
+
+  What was interrupted goes on. All processes look; the first one compares and
+  writes.
+  """
+  from var_jax import files
+  from var_jax.evaluation import run
+  from var_jax.evaluation.partial import Elsewhere, Partial
 
   keep_pixels = bool(args.save_npz or args.reconstruct)
   settings = {
@@ -146,9 +178,27 @@ def to_receipt(args, looking, images, against, reasons, about, output) -> dict:
     "pixels": keep_pixels,
     **about,
   }
-  kept = Partial(f"{output}.partial", settings)
-  looks = run.look(looking, images, kept, keep_pixels=keep_pixels)
-  more = {}
+  kept = Partial(f"{output}.partial", settings) if writes() else None
+  count = told(lambda: kept.count)
+  run.look_and_keep(
+    looking, images, kept or Elsewhere(count), keep_pixels=keep_pixels
+  )
+  say(f"{images.count} images are seen; comparing")
+
+  def compared():
+    found = _compared(args, looking, images, against, reasons, about, kept)
+    files.write_json(output, found)
+    kept.remove()
+    return found
+
+  return told(compared)
+
+
+def _compared(args, looking, images, against, reasons, about, kept) -> dict:
+  """Return the receipt of what was seen; write the images if that is asked."""
+  from var_jax.evaluation import image_sets, measure, run
+
+  looks, more = measure.gather(kept.parts()), {}
   if args.reconstruct:
     pairs = (
       (next(images.originals.batches(len(part["pixels"]), at)), part["pixels"])
@@ -171,7 +221,6 @@ def to_receipt(args, looking, images, against, reasons, about, output) -> dict:
     pixels = (part["pixels"] for part in kept.parts())
     labels = getattr(images, "labels", None)
     image_sets.write_archive(args.save_npz, pixels, images, labels)
-  kept.remove()
   return found
 
 

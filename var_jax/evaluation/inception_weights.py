@@ -1,8 +1,8 @@
-"""The weights of Inception: a public PyTorch file in, a folder of ours out.
+"""The weights of Inception: a public file in, a folder of ours out.
 
 The file is pt_inception-2015-12-05-6726825d.pth, which pytorch-fid and others
-made of TensorFlow's graph of 2015. torchvision's Inception has other weights,
-and so another FID.
+made of TensorFlow's graph of 2015, or that graph. torchvision's Inception has
+other weights, and so another FID.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from etils import epath
 
 from var_jax import files
 from var_jax.checkpoints import network_weights, tensor_files
-from var_jax.evaluation import inception
+from var_jax.evaluation import inception, inception_graph
 
 _EPSILON = 1e-3  # of batch normalisation, as in the graph
 
@@ -20,10 +20,15 @@ _EPSILON = 1e-3  # of batch normalisation, as in the graph
 def convert(path: str, output: epath.PathLike) -> None:
   """Write the weights of a file to a new folder.
 
+  Args:
+    path: the PyTorch file, or the graph, .pb.
+
   Raises:
     ValueError: the file is missing or damaged, or lacks a weight.
   """
-  weights = from_torch(dict(tensor_files.read_tensors(path)), path)
+  graph = path.endswith(".pb")
+  read = inception_graph.read_tensors if graph else tensor_files.read_tensors
+  weights = from_torch(dict(read(path)), path)
   about = {"from": {epath.Path(path).name: files.sha256(path)}}
   network_weights.write(output, "inception", weights, about)
 

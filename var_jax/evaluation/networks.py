@@ -100,9 +100,15 @@ def open_either(folder: epath.PathLike) -> Network:
   Raises:
     ValueError: it is of none.
   """
-  if (files.absolute(folder) / "classifier.safetensors").exists():
-    return open_classifier(folder)
-  return open_inception(folder)
+  ways = {"classifier": open_classifier, "inception": open_inception}
+  for name, open_one in ways.items():
+    if (files.absolute(folder) / f"{name}.safetensors").exists():
+      return open_one(folder)
+  raise ValueError(
+    f"{folder} has neither {' nor '.join(f'{n}.safetensors' for n in ways)}; "
+    "give a folder that `var-jax convert --inception` or `var-jax evaluate "
+    "--fit-classifier` wrote."
+  )
 
 
 def extract(

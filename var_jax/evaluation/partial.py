@@ -88,6 +88,19 @@ class Partial:
     return sum(len(part["pooled_BD"]) for part in self.parts())
 
 
+class Elsewhere:
+  """In place of `Partial` where another process keeps the features."""
+
+  def __init__(self, count: int):
+    self.count = count  # that it has
+
+  def add(self, part: Part) -> None:
+    pass
+
+  def save(self) -> None:
+    pass
+
+
 def _name(start: int) -> str:
   return f"{start:08d}.npz"
 

@@ -14,8 +14,6 @@ from var_jax import files
 from var_jax.ledger import provenance
 
 VERSION = 1
-# Runs of one class that are so many times longer than chance are no accident.
-SORTED = 3.0
 
 _FORM = {
   "numbers": dict,

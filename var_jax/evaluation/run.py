@@ -4,15 +4,17 @@ images -network-> features, kept part by part -> numbers -> receipt
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
 from var_jax import files
 from var_jax.evaluation import (
   adm_reference,
+  comparable,
   image_sets,
   inception,
   measure,
@@ -22,11 +24,10 @@ from var_jax.evaluation import (
 from var_jax.evaluation.image_sets import ImageSet
 from var_jax.evaluation.measure import Looks, Reference
 from var_jax.evaluation.networks import Network
-from var_jax.evaluation.partial import Partial
+from var_jax.evaluation.partial import Elsewhere, Part, Partial
 from var_jax.evaluation.receipt import Reason
 
 _SAVE_EVERY = 30.0  # seconds
-_LEAST = 4  # images: three neighbours, and oneself
 
 # Takes (images done, of all, those that were done before).
 Progress = Callable[[int, int, int], None]
@@ -48,47 +49,55 @@ class Against(NamedTuple):
   about: Mapping[str, Any]
 
 
-def look(
-  looking: Looking,
-  images: ImageSet,
-  kept: Partial | None = None,
-  *,
-  keep_pixels: bool = False,
-) -> Looks:
+def look(looking: Looking, images: ImageSet) -> Looks:
   """Return what a network sees in a set.
 
+  Raises:
+    ValueError: the images cannot be read.
+  """
+  return measure.gather([part for _, part in _parts(looking, images, 0)])
+
+
+def look_and_keep(
+  looking: Looking,
+  images: ImageSet,
+  kept: Partial | Elsewhere,
+  *,
+  keep_pixels: bool = False,
+) -> None:
+  """Add what a network sees in a set to what an interrupted look left.
+
   Args:
-    kept: what an interrupted look left; it goes on from there.
     keep_pixels: whether `kept` keeps the images too.
 
   Raises:
     ValueError: the images cannot be read.
   """
-  start = kept.count if kept else 0
-  done, saved, parts = start, time.monotonic(), []
+  saved = time.monotonic()
+  try:
+    for pixels, part in _parts(looking, images, kept.count):
+      kept.add(part | ({"pixels": pixels} if keep_pixels else {}))
+      if time.monotonic() - saved > _SAVE_EVERY:
+        kept.save()
+        saved = time.monotonic()
+  except KeyboardInterrupt:
+    kept.save()
+    raise
+  kept.save()
+
+
+def _parts(
+  looking: Looking, images: ImageSet, start: int
+) -> Iterator[tuple[np.ndarray, Part]]:
+  """Yield images from `start` on, and what is seen in them."""
+  done, size = start, looking.batch_size
   looking.progress(done, images.count, start)
-  size = looking.batch_size
   batches = images.batches(size, start)
   found = networks.extract(looking.network, batches, size, looking.mesh)
-  try:
-    for pixels, features in found:
-      part = features.present() | ({"pixels": pixels} if keep_pixels else {})
-      done += len(pixels)
-      if kept is None:
-        parts.append(part)
-      else:
-        kept.add(part)
-        if time.monotonic() - saved > _SAVE_EVERY:
-          kept.save()
-          saved = time.monotonic()
-      looking.progress(done, images.count, start)
-  except KeyboardInterrupt:
-    if kept:
-      kept.save()
-    raise
-  if kept:
-    kept.save()
-  return measure.gather(kept.parts() if kept else parts)
+  for pixels, features in found:
+    yield pixels, features.present()
+    done += len(pixels)
+    looking.progress(done, images.count, start)
 
 
 def against_images(
@@ -166,60 +175,6 @@ def _check_sizes(name: str, here, there) -> None:
     )
 
 
-def reasons_before(
-  looking: Looking, images: ImageSet, split: str, stated: int
-) -> list[Reason]:
-  """Return why measures would not be what they are called, whatever is seen.
-
-  Args:
-    split: of the reference, as of `against_images`.
-    stated: how many images there should be.
-
-  Raises:
-    ValueError: there are more.
-  """
-  names, found = looking.network.names, []
-  if images.count < _LEAST:
-    raise ValueError(
-      f"{images.name} has {images.count} images, and measures need {_LEAST}; "
-      "give more."
-    )
-  if images.count > stated:
-    raise ValueError(
-      f"{images.name} has {images.count} images, more than the {stated} that "
-      f"are stated; give --count {images.count}."
-    )
-  if not looking.network.official:
-    found.append(
-      Reason(
-        "other_weights",
-        (),
-        "the weights of Inception are not those of published numbers, "
-        "pt_inception-2015-12-05-6726825d.pth",
-      )
-    )
-  if images.count < stated:
-    found.append(
-      Reason(
-        "few_images",
-        (),
-        f"{images.name} has {images.count} images and {stated} are stated; "
-        f"give more, or --count {images.count}",
-      )
-    )
-  if images.kind == "reconstructed" and split != "val":
-    found.append(
-      Reason(
-        "other_statistics",
-        tuple(_REBUILT.get(n, n) for n in (names.distance, "sFID")),
-        "reconstructions of held-out images are compared with "
-        f"{split or 'images of an unnamed split'}; leave --reference out, or "
-        "say --reference-split val",
-      )
-    )
-  return found
-
-
 def to_receipt(
   looking: Looking,
   images: ImageSet,
@@ -250,18 +205,20 @@ def to_receipt(
     order["rule"] = f"features shuffled by seed {shuffle}"
   times = measure.sortedness(looks.judged_N)
   order["sortedness"] = round(times, 2)
-  if times > receipt.SORTED:
-    is_sorted = _is_sorted(images, network, times)
+  if times > comparable.SORTED:
+    is_sorted = comparable.is_sorted(images, network, times)
     if not forced:
       receipt.refuse([is_sorted])
     reasons = [*reasons, is_sorted]
   numbers = measure.compare(looks, against.reference, network.names)
   if images.kind == "reconstructed":
-    numbers = {_REBUILT.get(name, name): x for name, x in numbers.items()}
+    numbers = {
+      comparable.REBUILT.get(name, name): x for name, x in numbers.items()
+    }
   return receipt.make(
     receipt.renamed({**numbers, **(more or {})}, reasons),
     forced=reasons,
-    warnings=_warnings(images, looks, network),
+    warnings=comparable.warnings(images, looks, network),
     features=network.about,
     reference=against.about,
     images={
@@ -283,36 +240,6 @@ _ORDERS = {
   "dataset": "shuffled by seed 0",
   "reconstructed": "shuffled by seed 0",
 }
-# Of reconstructions, as the field calls it.
-_REBUILT = {"FID": "rFID", "sFID": "rsFID"}
-
-
-def _is_sorted(images: ImageSet, network: Network, times: float) -> Reason:
-  score = network.names.score
-  return Reason(
-    "class_sorted",
-    (score,),
-    f"{images.name} is sorted by class ({times:.0f} times as much as by "
-    f"chance), and {score} is of parts of {measure.SPLIT}; give --shuffle",
-  )
-
-
-def _warnings(images: ImageSet, looks: Looks, network: Network) -> list[str]:
-  """Return a line on each thing that makes numbers worse than they seem."""
-  lines, dimensions = [], looks.pooled_ND.shape[1]
-  name = network.names.distance
-  if images.count < dimensions:
-    lines.append(
-      f"{images.count} images are fewer than the {dimensions} dimensions of "
-      f"the features, so {name} is biased upwards: two halves of them, of one "
-      f"distribution, are {measure.half_distance(looks):.3g} apart"
-    )
-  if images.lossy:
-    lines.append(
-      f"{images.name} has JPEG or the like, which changes pixels and so {name};"
-      " use PNG"
-    )
-  return lines
 
 
 def _size(shape) -> str:

@@ -82,7 +82,8 @@ class Draws:
       looks = self._look(self._real(run), stopped)
       if looks is None:
         return None
-      self._reference = measure.as_reference(looks)
+      # Without images, which only measures that are not kept need.
+      self._reference = measure.as_reference(looks)._replace(pooled_MD=None)
     cfg, names = self._cfg, self._network.names
     how = dict(guidance=cfg.guidance, top_k=cfg.top_k, top_p=cfg.top_p)
     drawn = made_sets.Drawn(model, cfg.count, run.config.seed, **how)

@@ -76,6 +76,11 @@ def make(
       f"draws.count {draws.count} is for evaluations, and there are none; set "
       "eval_every."
     )
+  if draws.count and min(len(held_out), config.eval_samples or 2) < 2:
+    raise ValueError(
+      "draws.count compares with held-out images, and one has no spread; give "
+      "eval_source two or more, and eval_samples 0."
+    )
   measure = None
   if draws.count:
     of_model = ModelConfig(training.tokenizer.cfg, training.var.cfg)
