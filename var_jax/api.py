@@ -148,6 +148,30 @@ class Model:
     )
     return self._cut(sampler.generate(**call, fused=fused), len(labels_B))
 
+  def compile(
+    self,
+    batch_size: int,
+    guidance: float = 1.5,
+    smooth: bool = False,
+    *,
+    guided_scales: tuple[int, int] | None = None,
+    fused: bool | None = None,
+  ) -> None:
+    """Compile what `sample` of so many labels takes, before it is called.
+
+    On a CPU, where that is many programs, they are compiled side by side.
+
+    Args:
+      batch_size: of labels; `sample_all` has the same whatever their number.
+      guidance: any but 0 is the same. The rest is as in `sample`, and what is
+        not asked here changes no program.
+    """
+    checks.batch_size(batch_size)
+    labels_B = np.zeros(batch_size, np.int32)
+    how = (guidance, 0, 0.0, smooth, 1.0, guided_scales)
+    call = self._prepare(labels_B, jax.random.key(0), *how)
+    sampler.compile_ahead(**call, fused=fused)
+
   def stream(
     self,
     labels_B: jax.Array,

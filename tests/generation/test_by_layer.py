@@ -1,10 +1,14 @@
 """A program a layer: views of the stack, donated caches, heads one by one."""
 
+import re
+
 import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from var_jax import Model
 from var_jax.generation import by_layer, sampler
 from var_jax.generation.sampler import Options
 from var_jax.models import cpu_attention
@@ -34,9 +38,10 @@ def test_only_values_are_drawn_layer_by_layer():
 
 def test_a_layers_cache_and_f_hat_are_donated():
   params = by_layer.unstack(PARAMS)
-  state, modulation = by_layer.start(MODELS, params, jnp.array([3]), True)
+  start, _, draw_scale = by_layer.programs()
+  state, modulation = start(MODELS, params, jnp.array([3]), True)
   keys_B = sampler.image_keys(KEY, 1)
-  by_layer.draw_scale(
+  draw_scale(
     MODELS, 0, True, False, params, state, modulation, keys_B, FREE, None
   )
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -69,3 +74,33 @@ def test_attention_a_head_at_a_time_draws_the_same_tokens(monkeypatch):
   np.testing.assert_array_equal(*tokens)
   assert max(lengths) >= 4
   jax.clear_caches()  # of programs with the lowered number
+
+
+@pytest.mark.parametrize(
+  "bound, fused", [(False, False), (True, False), (True, True)]
+)
+def test_what_is_compiled_ahead_is_not_compiled_again(bound, fused, caplog):
+  params = jax.device_put(PARAMS, jax.devices()[0] if bound else None)
+  model = Model(MODELS, params)
+  how = dict(guidance=2.0, guided_scales=(0, 2), fused=fused)
+  programs = "fused_program" if fused else "_layer leave_program to_images"
+
+  def compiled(labels) -> set[str]:
+    caplog.clear()
+    with jax.log_compiles():
+      model.sample(labels, KEY, top_k=7, **how)
+    found = re.findall(r"XLA compilation of jit\((\w+)\)", caplog.text)
+    return set(programs.split()) & set(found)
+
+  jax.clear_caches()
+  model.compile(2, **how)
+  assert not compiled([3, 7])
+  assert compiled([3, 7, 1]) == set(programs.split())
+
+
+def test_what_cannot_be_compiled_is_said():
+  model = Model(MODELS, PARAMS)
+  with pytest.raises(ValueError, match="batch size 0 is no number"):
+    model.compile(0)
+  with pytest.raises(ValueError, match="guided_scales"):
+    model.compile(1, guided_scales=(2, 1))

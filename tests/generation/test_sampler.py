@@ -233,7 +233,7 @@ def test_images_follow_from_the_tokens_unless_smooth():
 
 
 def test_changing_a_number_compiles_nothing_new():
-  programs = (by_layer.layer_program, by_layer.few_rows_program)
+  programs = by_layer.LAYER_PROGRAMS.values()
   programs = (*programs, by_layer.leave_program)
   generate("A", [3, 7], guidance=1.0, top_k=5, top_p=0.5)
   sizes = [program._cache_size() for program in programs]

@@ -38,7 +38,7 @@ def drawn(labels, **how):
 
 
 def compiled() -> int:
-  programs = (by_layer.layer_program, by_layer.few_rows_program)
+  programs = by_layer.LAYER_PROGRAMS.values()
   programs = (*programs, by_layer.leave_program, sampler.scale_program)
   return sum(program._cache_size() for program in programs)
 

@@ -56,14 +56,26 @@ def unstack(params: ModelParams) -> ModelParams:
   )
 
 
-def start(models, params, labels_B, guided):
-  """Return what `step.start` does, with a cache a layer."""
-  rest = _rest(params)
-  return _start_program(models, rest, labels_B, guided)
+def programs(through=lambda program: program):
+  """Return what `step` has: start, conditional_half and draw_scale.
+
+  Args:
+    through: takes a jitted function and returns what is called in its place.
+  """
+  layer = {few: through(program) for few, program in LAYER_PROGRAMS.items()}
+  ends = [through(program) for program in (enter_program, leave_program)]
+  first = through(start_program)
+
+  def start(models, params, labels_B, guided):
+    return first(models, _rest(params), labels_B, guided)
+
+  draw = functools.partial(draw_scale, *ends, layer)
+  return start, through(conditional_half), draw
 
 
 @functools.partial(jax.jit, static_argnames=("models", "guided"))
-def _start_program(models, params, labels_B, guided):
+def start_program(models, params, labels_B, guided):
+  """Return what `step.start` does, with a cache a layer."""
   state, modulation = step.start(models, params, labels_B, guided)
   caches = tuple(zip(*state.cache, strict=True))
   return State(caches, state.f_hat_BhwZ), modulation
@@ -79,22 +91,27 @@ def conditional_half(state, modulation):
 
 
 def draw_scale(
-  models, s, guided, smooth, params, state, modulation, keys_B, options, given
-) -> tuple[State, jax.Array]:
-  """Return what `step.draw_scale` does; the state is donated to it."""
+  enter, leave, layer, models, s, guided, smooth, params, state, modulation,
+  keys_B, options, given,
+) -> tuple[State, jax.Array]:  # fmt: skip
+  """Return what `step.draw_scale` does; the state is donated to it.
+
+  Args:
+    enter, leave, layer: programs; of a layer by whether there are few rows.
+  """
   rest = _rest(params)
   caches, f_hat_BhwZ = state
-  x_BlD = enter_program(models, s, rest, f_hat_BhwZ, modulation)
+  x_BlD = enter(models, s, rest, f_hat_BhwZ, modulation)
   rows = x_BlD.shape[0] * x_BlD.shape[1]
-  program = few_rows_program if rows <= _FEW_ROWS else layer_program
+  program = layer[rows <= _FEW_ROWS]
   after = []
   for r, block in enumerate(params.var.blocks):
-    layer = (np.int32(r), caches[r])
+    own = (np.int32(r), caches[r])
     x_BlD, cache = program(
-      models.var, s, block, x_BlD, modulation.blocks_RB6D, *layer
+      models.var, s, block, x_BlD, modulation.blocks_RB6D, *own
     )
     after.append(cache)
-  f_hat_BhwZ, tokens_Bl = leave_program(
+  f_hat_BhwZ, tokens_Bl = leave(
     models, s, guided, smooth, rest, x_BlD, f_hat_BhwZ, modulation, keys_B,
     options, given,
   )  # fmt: skip
@@ -136,8 +153,10 @@ _compiled = functools.partial(
   static_argnames=("var", "s"),
   donate_argnames=("x_BlD", "cache"),
 )
-layer_program = _compiled()
-few_rows_program = _compiled(compiler_options=cpu.compiler_options("cpu"))
+LAYER_PROGRAMS = {  # by whether there are few rows
+  False: _compiled(),
+  True: _compiled(compiler_options=cpu.compiler_options("cpu")),
+}
 
 
 @functools.partial(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from var_jax.generation import by_layer, step
+from var_jax.generation.ahead import Ahead
 from var_jax.generation.step import Given, ModelParams, Models, Options
 from var_jax.models import cpu
 
@@ -79,7 +80,7 @@ def draw_scales(
     layer_programs = by_layer.suits(params)
   if layer_programs:
     params = by_layer.unstack(params)
-    programs = (by_layer.start, by_layer.conditional_half, by_layer.draw_scale)
+    programs = by_layer.programs()
   programs = map(on_mesh, programs)
   scales = _each_scale(
     programs, models, params, labels_B, keys_B, options, given, guided, smooth
@@ -107,9 +108,7 @@ def generate(
       leaves it to the platform. The rest is as in `draw_scales`.
   """
   how = dict(guided=guided, smooth=smooth)
-  if fused is None:
-    fused = jax.default_backend() != "cpu"
-  if fused:
+  if _is_fused(fused):
     with models.context():
       return fused_program(
         models, params, labels_B, keys_B, options, given, **how
@@ -122,6 +121,45 @@ def generate(
     tokens.append(drawn.tokens_Bl)
   images_BHW3 = decode(models, params, drawn.f_hat_BhwZ)
   return Sample(images_BHW3, jnp.concatenate(tokens, axis=1))
+
+
+def compile_ahead(
+  models: Models,
+  params: ModelParams,
+  labels_B: jax.Array,
+  keys_B: jax.Array,
+  options: Options,
+  *,
+  guided: bool | tuple[int, int] = True,
+  smooth: bool = False,
+  fused: bool | None = None,
+) -> None:
+  """Compile what `generate` of the same arguments takes.
+
+  A program a layer is many programs, which are compiled side by side.
+  """
+  arrays = (models, params, labels_B, keys_B, options)
+  how = dict(guided=guided, smooth=smooth)
+  if _is_fused(fused):
+    with models.context():
+      fused_program.lower(*arrays, None, **how).compile()
+    return
+  if not by_layer.suits(params):
+    jax.block_until_ready(generate(*arrays, **how, fused=False))
+    return
+  ahead = Ahead()
+  programs = by_layer.programs(ahead.through)
+  unstacked = by_layer.unstack(params)
+  scales = _each_scale(
+    programs, models, unstacked, labels_B, keys_B, options, None, guided, smooth
+  )
+  last, _ = list(scales)[-1]
+  ahead.through(decode_program)(models, params, last.f_hat_BhwZ)
+  ahead.compile()
+
+
+def _is_fused(fused: bool | None) -> bool:
+  return jax.default_backend() != "cpu" if fused is None else fused
 
 
 def decode(

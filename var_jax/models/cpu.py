@@ -85,6 +85,10 @@ class Jit:
     nested = any(isinstance(x, jax.core.Tracer) for x in values)
     return (self._plain if nested else self._whole)(*args)
 
+  def eval_shape(self, *args):
+    """Return the shapes of the results."""
+    return self._plain.eval_shape(*args)
+
   def lower(self, *args, platform: str | None = None) -> jax.stages.Lowered:
     """Return the whole program, of another platform if it is said."""
     if platform is None:
