@@ -100,10 +100,13 @@ def test_resumed_tokenizer_equals_the_uninterrupted_one(trained, tmp_path):
   assert metrics(resumed) == metrics(trained[0])
 
 
-def test_resumed_transformer_equals_the_uninterrupted_one(trained, tmp_path):
+def test_resumed_transformer_equals_the_uninterrupted_one(
+  trained, tmp_path, capsys
+):
   """It needs nothing outside its workdir: the tokenizer is in it."""
   resumed = cut_back(trained[1], tmp_path / "again", step=4)
   loop.train(var_config(tokenizer_path=""), resumed)
+  assert f"{resumed} goes on from step 4 of 6\n" in capsys.readouterr().out
   for which in ("raw", "ema"):
     jax.tree.map(
       np.testing.assert_array_equal,

@@ -117,6 +117,8 @@ class _Loop:
     steps = self.run.config.steps
     if self.watch.asked(step):
       raise Preempted(step, self.workdir)
+    if step and jax.process_index() == 0:
+      print(f"{self.workdir} goes on from step {step} of {steps}")
     self.feed = self.run.feed(step)
     try:
       while step < steps:
