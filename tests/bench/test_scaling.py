@@ -10,6 +10,7 @@ from configs import scaling as ladders
 from var_jax import cli
 from var_jax.bench import scaling
 from var_jax.bench.scaling import MEASURES, Point
+from var_jax.training.preemption import Preempted
 
 
 def points(noise=0.0):
@@ -138,6 +139,14 @@ def test_a_ladder_is_trained_read_again_and_fitted(tmp_path, capsys):
       1,
       "eval_every 0 measures nothing",
     ),
+    (
+      [
+        *("--config", "configs/scaling.py:tiny"),
+        "--config.progressive.until=0.5",
+      ],
+      1,
+      "progressive.until 0.5 makes early steps cheaper",
+    ),
     (["--config", "configs/scaling.py:huge"], 2, "preset 'huge' is not known"),
   ],
 )
@@ -146,3 +155,16 @@ def test_bad_ladders_are_one_line(flags, code, message, tmp_path, capsys):
   assert cli.main(["bench", "scaling", *flags, *output]) == code
   (line,) = capsys.readouterr().err.splitlines()
   assert message in line and not list(tmp_path.iterdir())
+
+
+def test_sigterm_ends_a_ladder_with_a_line(tmp_path, capsys, monkeypatch):
+  pytest.importorskip("matplotlib")
+
+  def preempted(config, workdir):
+    raise Preempted(25, workdir)
+
+  monkeypatch.setattr(scaling.loop, "train", preempted)
+  flags = ["bench", "scaling", "--config", "configs/scaling.py:tiny"]
+  assert cli.main([*flags, "--output", str(tmp_path / "out")]) == 143
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "step 25 is saved in" in line and line.endswith("to go on.")

@@ -1,8 +1,8 @@
 """What a mesh of all devices sees in images: `look.py FOLDER NAME`.
 
 FOLDER has a classifier and images.npz. Writes FOLDER/NAME.npz, in several
-processes FOLDER/NAME@I.npz: features of all images, and the moments of two
-halves merged.
+processes FOLDER/NAME@I.npz: features of all images, and the moments of three
+parts merged.
 """
 
 import pathlib

@@ -1,8 +1,10 @@
 """`var-jax evaluate`: receipts, what is refused, what goes on after a kill."""
 
+import argparse
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,8 +16,9 @@ import tiny_models
 from PIL import Image
 
 import var_jax
-from var_jax import cli, images
-from var_jax.checkpoints import network_weights
+from var_jax import cli, images, loading
+from var_jax.checkpoints import network_weights, store
+from var_jax.commands import measuring
 from var_jax.evaluation import (
   classifier,
   inception,
@@ -23,6 +26,7 @@ from var_jax.evaluation import (
   statistics,
   sweep,
 )
+from var_jax.evaluation import run as evaluation_run
 from var_jax.evaluation.partial import Partial
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -169,6 +173,29 @@ def test_images_sorted_by_class_are_refused_or_renamed(
   )
 
 
+def test_labels_tell_that_images_are_sorted(folder, tmp_path, capsys):
+  """Of images in which no class is to be seen."""
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (120, SIDE, SIDE, 3), np.uint8)
+  labels = np.arange(120) // 12
+  for i, image in enumerate(pixels):
+    place = tmp_path / "s" / f"class{labels[i]}"
+    place.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(place / f"{i:03d}.png")
+  np.savez(tmp_path / "s.npz", arr_0=pixels, arr_1=labels)
+  output = tmp_path / "a.json"
+  for name in ("s", "s.npz"):
+    flags = ["--samples", tmp_path / name]
+    assert by_classifier(folder, *flags, output=output) == 1
+    assert f"{name} is sorted by class" in line(capsys)
+    assert not (tmp_path / "a.json.partial").exists()  # before one looks
+    shuffled = tmp_path / f"{name}.json"
+    assert by_classifier(folder, *flags, "--shuffle", output=shuffled) == 0
+  # Nothing else is known of these.
+  np.savez(tmp_path / "s.npz", arr_0=pixels)
+  assert by_classifier(folder, *flags, output=tmp_path / "b.json") == 0
+
+
 def test_fewer_images_than_stated_are_refused_or_renamed(
   folder, tmp_path, capsys
 ):
@@ -242,36 +269,89 @@ def test_tokens_are_decoded_and_held_out_images_reconstructed(
   assert "compared with images of an unnamed split" in line(capsys)
 
 
-def test_an_interrupted_measurement_goes_on(folder, tmp_path, monkeypatch):
-  pixels, _ = coloured(5, 60)
-  for i, image in enumerate(pixels):
-    Image.fromarray(image).save(tmp_path / f"{i:03d}.png")
-  flags = ["--samples", tmp_path, "--batch-size", 20]
-  assert by_classifier(folder, *flags, output=tmp_path / "a.json") == 0
-  seen, add = [], Partial.add
+def interrupted(monkeypatch, after, how):
+  """Let the look at images end once `after` batches were added."""
+  add, seen = Partial.add, []
 
   def add_and_fall(self, part):
-    if len(seen) == 2:
-      raise KeyboardInterrupt
+    if len(seen) == after:
+      raise how
     seen.append(len(part["pooled_BD"]))
     add(self, part)
-    self.save()
 
   monkeypatch.setattr(Partial, "add", add_and_fall)
-  assert by_classifier(folder, *flags, output=tmp_path / "b.json") == 1
-  assert not (tmp_path / "b.json").exists()
+  return seen
 
-  def add_and_count(self, part):
-    seen.append(len(part["pooled_BD"]))
-    add(self, part)
 
-  monkeypatch.setattr(Partial, "add", add_and_count)
+def test_an_interrupted_measurement_goes_on(folder, tmp_path, monkeypatch):
+  pixels, _ = coloured(5, 60)
+  (tmp_path / "images").mkdir()
+  for i, image in enumerate(pixels):
+    Image.fromarray(image).save(tmp_path / "images" / f"{i:03d}.png")
+  np.savez(tmp_path / "images.npz", arr_0=pixels)
+  for name in ("images", "images.npz"):
+    flags = ["--samples", tmp_path / name, "--batch-size", 20]
+    whole, gone_on = (tmp_path / f"{name}.{x}.json" for x in "ab")
+    assert by_classifier(folder, *flags, output=whole) == 0
+    with monkeypatch.context() as patched:
+      interrupted(patched, 2, KeyboardInterrupt)
+      assert by_classifier(folder, *flags, output=gone_on) == 1
+    assert not gone_on.exists()
+    with monkeypatch.context() as patched:
+      seen = interrupted(patched, 9, KeyboardInterrupt)
+      assert by_classifier(folder, *flags, output=gone_on) == 0
+    assert seen == [20]
+    a, b = (receipt_of(x)["numbers"] for x in (whole, gone_on))
+    # Of fewer images than dimensions the root is of rounding, in part.
+    assert b == pytest.approx(a, rel=1e-4)
+    assert not pathlib.Path(f"{gone_on}.partial").exists()
+
+
+def test_features_are_saved_now_and_then(folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(evaluation_run, "_SAVE_EVERY", 0.0)
+  interrupted(monkeypatch, 2, RuntimeError)
+  flags = ["--samples", folder / "val.npz", "--batch-size", 20]
+  with pytest.raises(RuntimeError):
+    by_classifier(folder, *flags, output=tmp_path / "a.json")
+  parts = sorted(path.name for path in (tmp_path / "a.json.partial").iterdir())
+  assert parts == ["00000000.npz", "00000020.npz", "settings.json"]
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("what", ["drawn", "tokens", "reconstructed"])
+def test_what_a_model_makes_goes_on(
+  what, after, folder, workdir, tmp_path, monkeypatch
+):
+  """From within, or when all is seen and the comparison was interrupted."""
+  rng = np.random.default_rng(0)
+  L = var_jax.load(workdir).config.tokenizer.schedule.num_tokens
+  np.savez(tmp_path / "tokens.npz", tokens=rng.integers(0, 16, (16, L)))
+  pixels, labels = coloured(6, 16)
+  np.savez(tmp_path / "few.npz", images=pixels, labels=labels)
+  flags = {
+    "drawn": ["--count", 20],
+    "tokens": ["--tokens", tmp_path / "tokens.npz", "--shuffle"],
+    "reconstructed": [
+      *("--reconstruct", f"npz:{tmp_path}/few.npz", "--transform", "resize"),
+      *("--reference-split", "val"),
+    ],
+  }[what]
+  flags += ["--checkpoint", workdir, "--batch-size", 10]
+  assert by_classifier(folder, *flags, output=tmp_path / "a.json") == 0
+  with monkeypatch.context() as patched:
+    if after == 1:
+      interrupted(patched, 1, KeyboardInterrupt)
+    else:
+      patched.setattr(measure, "gather", interrupting)
+    code = by_classifier(folder, *flags, output=tmp_path / "b.json")
+  assert code == 1 and (tmp_path / "b.json.partial").exists()
   assert by_classifier(folder, *flags, output=tmp_path / "b.json") == 0
-  assert seen == [20, 20, 20]
-  whole, gone_on = (receipt_of(tmp_path / f"{x}.json") for x in "ab")
-  # Of fewer images than dimensions the root is of rounding, in part.
-  assert gone_on["numbers"] == pytest.approx(whole["numbers"], rel=1e-4)
-  assert not (tmp_path / "b.json.partial").exists()
+  a, b = (receipt_of(tmp_path / f"{x}.json")["numbers"] for x in "ab")
+  assert b == pytest.approx(a, rel=1e-3)
+
+
+def interrupting(parts):
+  raise KeyboardInterrupt
 
 
 def test_what_was_left_by_other_settings_is_not_taken(folder, tmp_path, capsys):
@@ -366,6 +446,54 @@ def test_a_sweep_writes_a_receipt_each_and_the_best(
   assert np.ptp(np.asarray(picture)) > 0
 
 
+def test_a_forced_sweep_has_the_names_of_its_receipts(tmp_path):
+  pytest.importorskip("matplotlib")
+  numbers = {"FID_other_weights": 3.0, "IS_other_weights": 200.0}
+  receipts = {
+    "guidance=1,top_k=0": {"numbers": numbers},
+    "guidance=2,top_k=0": {"numbers": {name: 5.0 for name in numbers}},
+  }
+  sweep.write(tmp_path, receipts, "FID", "IS")
+  found = receipt_of(tmp_path / "sweep.json")
+  assert found["measures"] == ["FID_other_weights", "IS_other_weights"]
+  assert found["points"]["guidance=1,top_k=0"] == [3.0, 200.0]
+
+
+def test_all_that_is_measured_is_of_one_step(
+  folder, workdir, tmp_path, monkeypatch
+):
+  """A run that goes on has a newer one when the model is there."""
+  load, copy = var_jax.load, tmp_path / "run"
+  shutil.copytree(workdir, copy)
+
+  def load_and_train(path, **how):
+    model = load(path, **how)
+    steps = copy / "checkpoints"
+    shutil.copytree(steps / "0", steps / "7")
+    return model
+
+  monkeypatch.setattr(loading, "load", load_and_train)
+  flags = ["--checkpoint", copy, "--count", 20]
+  assert by_classifier(folder, *flags, output=tmp_path / "a.json") == 0
+  assert receipt_of(tmp_path / "a.json")["checkpoint"]["step"] == 0
+  assert store.latest_step(copy) == 7
+
+
+@pytest.mark.parametrize(
+  "trained, expected", [(None, "crop"), ("crop", "crop"), ("jitter", "resize")]
+)
+def test_sources_are_brought_to_size_as_in_training(
+  trained, expected, workdir, tmp_path
+):
+  shutil.copytree(workdir, tmp_path / "run")
+  path = tmp_path / "run" / "config.json"
+  description = json.loads(path.read_text())
+  description["config"] = {"data": {"transform": trained}} if trained else {}
+  path.write_text(json.dumps(description))
+  how = argparse.Namespace(transform=None, checkpoint=str(tmp_path / "run"))
+  assert measuring._transform(how) == expected
+
+
 def of_inception(monkeypatch, folder):
   """Replace the network by mean colours, whose own tests are elsewhere."""
 
@@ -413,6 +541,12 @@ def test_statistics_of_adm_are_a_reference(
   for name in ("FID", "sFID"):
     assert numbers[name] == pytest.approx(fid, rel=1e-3)
   assert {"IS", "KID", "precision", "recall"} <= numbers.keys()
+  assert receipt_of(output)["reference"]["kind"] == "statistics"
+  # Also where the shell has left the tilde.
+  monkeypatch.setenv("HOME", str(tmp_path))
+  home = [*flags[:-1], "~/ref.npz", "--output", tmp_path / "home.json"]
+  assert by_inception(tmp_path, *home) == 0
+  assert receipt_of(tmp_path / "home.json")["numbers"]["FID"] == numbers["FID"]
   other = by_inception(
     tmp_path, *flags, "--output", tmp_path / "b.json", weights="other"
   )
@@ -435,6 +569,33 @@ def test_fewer_than_fifty_thousand_are_no_fid_unless_stated(
   flags += ["--reference", folder / "train.npz"]
   assert by_inception(tmp_path, *flags) == 1
   assert "has 120 images and 50000 are stated" in line(capsys)
+
+
+def test_classes_that_do_not_divide_fifty_thousand_are_drawn(
+  folder, workdir, tmp_path, monkeypatch
+):
+  of_inception(monkeypatch, tmp_path)
+  monkeypatch.setattr(measuring, "_STATED", 47)  # classes: 10
+  flags = ["--checkpoint", workdir, "--output", tmp_path / "a.json"]
+  flags += ["--reference", folder / "train.npz"]
+  assert by_inception(tmp_path, *flags) == 0
+  assert receipt_of(tmp_path / "a.json")["images"]["count"] == 40
+  assert "FID" in receipt_of(tmp_path / "a.json")["numbers"]
+
+
+def test_small_references_are_warned_of_or_refused(folder, tmp_path, capsys):
+  pixels, _ = coloured(8, 20)
+  np.savez(tmp_path / "few.npz", arr_0=pixels)
+  np.savez(tmp_path / "three.npz", arr_0=pixels[:3])
+  flags = ["--samples", folder / "train.npz", "--classifier"]
+  flags += [folder / "classifier", "--output", tmp_path / "a.json"]
+  assert run(*flags, "--reference", tmp_path / "three.npz") == 1
+  assert "three.npz has 3 images, and measures need 4" in line(capsys)
+  assert run(*flags, "--reference", tmp_path / "few.npz") == 0
+  (warning,) = receipt_of(tmp_path / "a.json")["warnings"]
+  assert "the reference's 20 images are fewer than the 128 dimensions" in (
+    warning
+  )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from var_jax import Model
 from var_jax.generation import by_layer, sampler
 from var_jax.generation.sampler import Options
 from var_jax.models import cpu_attention
+from var_jax.parallel import mesh as mesh_lib
+from var_jax.parallel import rules
 
 MODELS, PARAMS = golden_files.pair("A")
 FREE = Options(2.0, 40, 0.9)
@@ -76,12 +78,17 @@ def test_attention_a_head_at_a_time_draws_the_same_tokens(monkeypatch):
   jax.clear_caches()  # of programs with the lowered number
 
 
-@pytest.mark.parametrize(
-  "bound, fused", [(False, False), (True, False), (True, True)]
-)
-def test_what_is_compiled_ahead_is_not_compiled_again(bound, fused, caplog):
-  params = jax.device_put(PARAMS, jax.devices()[0] if bound else None)
-  model = Model(MODELS, params)
+@pytest.mark.parametrize("where", ["nowhere", "device", "mesh", "fused"])
+def test_what_is_compiled_ahead_is_not_compiled_again(where, caplog):
+  fused = where == "fused"
+  params = jax.device_put(
+    PARAMS, None if where == "nowhere" else jax.devices()[0]
+  )
+  models, mesh = MODELS, None
+  if where == "mesh":  # of one device
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    models = models._replace(context=rules.Context(mesh))
+  model = Model(models, params, mesh=mesh)
   how = dict(guidance=2.0, guided_scales=(0, 2), fused=fused)
   programs = "fused_program" if fused else "_layer leave_program to_images"
 

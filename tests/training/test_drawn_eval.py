@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_models
+from PIL import Image
 
 import var_jax
 from configs import var as var_presets
@@ -36,10 +37,10 @@ def config_of(folder, **settings):
   return config
 
 
-def looks(network, batches):
+def parts(network, batches):
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
   found = networks.extract(network, batches, 25, mesh)
-  return measure.gather([features.present() for _, features in found])
+  return [features.present() for _, features in found]
 
 
 def test_evaluations_measure_what_is_drawn(folder, tmp_path):
@@ -53,17 +54,49 @@ def test_evaluations_measure_what_is_drawn(folder, tmp_path):
   source = sources.open_source("digits", "val")
   small = transforms.make_transform("resize", (16, 16), train=False, flip=False)
   real = np.stack([small(source[i]["image"], None) for i in range(HELD_OUT)])
-  reference = measure.as_reference(looks(network, [real[:25], real[25:]]))
+  there = parts(network, [real[:25], real[25:]])
+  reference = measure.as_reference(there, HELD_OUT)
   how = dict(guidance=2.0, top_k=900, top_p=0.96)
   model = var_jax.load(tmp_path / "run")
   drawn = made_sets.Drawn(model, COUNT, 0, **how)
-  numbers = measure.compare(
-    looks(network, drawn.batches(20)), reference, network.names
-  )
+  looks = measure.gather(parts(network, drawn.batches(20)))
+  numbers = measure.compare(looks, reference, network.names)
   for name in ("classifier_distance", "classifier_score"):
     found = records[-1][f"eval/{name}_{COUNT}"]
     assert found == pytest.approx(numbers[name], rel=2e-3)
-  assert records[0] != records[1]
+  first, second = (r[f"eval/classifier_distance_{COUNT}"] for r in records)
+  assert first != second
+
+
+def test_numbers_of_other_weights_have_another_name(
+  folder, tmp_path, monkeypatch
+):
+  opened = networks.open_either(folder / "classifier")
+  other = opened._replace(official=False)
+  monkeypatch.setattr(networks, "open_either", lambda _: other)
+  loop.train(config_of(folder, steps=1), tmp_path / "run")
+  told = (tmp_path / "run" / "metrics.jsonl").read_text()
+  assert f'"eval/classifier_distance_other_weights_{COUNT}"' in told
+  assert f'"eval/classifier_distance_{COUNT}"' not in told
+
+
+def test_broken_held_out_images_are_left_out(folder, tmp_path):
+  """The last batch of eight has one image, which is broken."""
+  pictures = tmp_path / "pictures"
+  rng = np.random.default_rng(0)
+  for i in range(9):
+    image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+    for split in ("train", "val"):
+      place = pictures / split / str(i % 2)
+      place.mkdir(parents=True, exist_ok=True)
+      image.save(place / f"{i}.png")
+  source = f"folder:{pictures}"
+  settings = {"data.source": source, "data.on_broken": "skip", "steps": 1}
+  settings |= {"eval_samples": 0, "draws.count": 4}
+  (pictures / "val" / "1" / "7.png").write_bytes(b"no picture")
+  loop.train(config_of(folder, **settings), tmp_path / "run")
+  told = (tmp_path / "run" / "metrics.jsonl").read_text()
+  assert "eval/classifier_distance_4" in told
 
 
 @pytest.mark.parametrize(

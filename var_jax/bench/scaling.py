@@ -82,6 +82,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
   if not config.eval_every:
     raise ValueError("eval_every 0 measures nothing; set it.")
+  if config.progressive.until:
+    raise ValueError(
+      f"progressive.until {config.progressive.until} makes early steps "
+      "cheaper, which a law over FLOPs does not know; set 0."
+    )
 
 
 def run(config: ml_collections.ConfigDict, folder: epath.Path) -> list[Point]:

@@ -6,6 +6,7 @@ from NumPy arrays: neither makes a second copy of a large model on the host.
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -157,6 +158,12 @@ def newest(folder: epath.PathLike) -> epath.Path:
       f"{folder} holds no finished checkpoint; train until the first save."
     )
   return folder / "checkpoints" / str(step)
+
+
+def pinned(path: epath.PathLike) -> str:
+  """Return the step that `path` stands for now, WORKDIR/checkpoints/STEP."""
+  workdir, step = split_step(path)
+  return os.fspath(step or newest(workdir))
 
 
 def verify(step: epath.Path) -> None:

@@ -1,6 +1,9 @@
 """What commands share: the parser, its errors and the types of arguments."""
 
 import argparse
+import importlib.util
+import signal
+import sys
 from typing import Any
 
 
@@ -33,6 +36,17 @@ def count(text: str) -> int:
   if not text.isdigit() or not 1 <= int(text) <= 10_000:
     raise argparse.ArgumentTypeError(f"{text!r} is not a count of 1..10000")
   return int(text)
+
+
+def check_matplotlib(what: str) -> None:
+  if importlib.util.find_spec("matplotlib") is None:
+    raise UsageError(f"{what} needs matplotlib; pip install 'var-jax[bench]'.")
+
+
+def ended_by_sigterm(stopped: Exception) -> int:
+  """Say where a command stopped; return its exit code."""
+  print(f"var-jax: {stopped}", file=sys.stderr)
+  return 128 + signal.SIGTERM
 
 
 def numbers(kind):

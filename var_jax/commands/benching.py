@@ -1,11 +1,15 @@
 """`var-jax bench sample`, `var-jax bench train`, `var-jax bench scaling`."""
 
 import argparse
-import importlib.util
 import json
 import pathlib
 
-from var_jax.commands.arguments import UsageError, positive
+from var_jax.commands.arguments import (
+  UsageError,
+  check_matplotlib,
+  ended_by_sigterm,
+  positive,
+)
 
 
 def add(commands) -> None:
@@ -132,7 +136,7 @@ def _sample(args) -> None:
   if args.plot and not args.growth:
     raise UsageError("--plot draws what --growth measures; give both.")
   if args.plot:
-    _check_matplotlib("--plot")
+    check_matplotlib("--plot")
     plot = pathlib.Path(args.plot)
     if plot.suffix not in (".png", ".svg") or not plot.parent.is_dir():
       raise UsageError(
@@ -194,28 +198,28 @@ def _train(args) -> None:
   _write(args.output, device | {"config": args.config} | found)
 
 
-def _scaling(args) -> None:
+def _scaling(args) -> int:
   from var_jax import compile_cache, files
   from var_jax.bench import report, scaling
   from var_jax.commands.training import read_config
+  from var_jax.training.preemption import Preempted
 
-  _check_matplotlib("bench scaling")
+  check_matplotlib("bench scaling")
   config = read_config(args.config, args.overrides)
   scaling.check(config)
   folder = files.absolute(args.output)
   compile_cache.enable()
-  points = scaling.run(config, folder)
+  try:
+    points = scaling.run(config, folder)
+  except Preempted as stopped:
+    return ended_by_sigterm(stopped)
   found = scaling.laws(points)
   record = {"points": [p._asdict() for p in points], "laws": found}
   files.write_json(folder / "scaling.json", _device() | record)
   scaling.plot(points, found, str(folder / "scaling.png"))
   report.print_laws(found, scaling.PUBLISHED)
   print(f"wrote {folder}/scaling.json and scaling.png")
-
-
-def _check_matplotlib(what: str) -> None:
-  if importlib.util.find_spec("matplotlib") is None:
-    raise UsageError(f"{what} needs matplotlib; pip install 'var-jax[bench]'.")
+  return 0
 
 
 def _device() -> dict:

@@ -1,9 +1,6 @@
 """`var-jax cache`."""
 
-import signal
-import sys
-
-from var_jax.commands.arguments import add_joining, joining
+from var_jax.commands.arguments import add_joining, ended_by_sigterm, joining
 from var_jax.commands.training import read_config
 
 
@@ -34,6 +31,5 @@ def _cache(args) -> int:
     try:
       caching.build(config, args.output)
     except caching.Stopped as stopped:
-      print(f"var-jax: {stopped}", file=sys.stderr)
-      return 128 + signal.SIGTERM
+      return ended_by_sigterm(stopped)
   return 0

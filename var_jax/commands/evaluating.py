@@ -7,6 +7,7 @@ from var_jax.commands import measuring
 from var_jax.commands.arguments import (
   UsageError,
   add_joining,
+  check_matplotlib,
   joining,
   numbers,
   positive,
@@ -225,6 +226,7 @@ def _sweep(args) -> None:
   from var_jax import files
   from var_jax.evaluation import sweep
 
+  check_matplotlib("a sweep")
   sweep.check_folder(args.output)
   looking, model = measuring.open_all(args)
   against, receipts = None, {}

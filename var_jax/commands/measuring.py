@@ -1,6 +1,7 @@
 """What `var-jax evaluate` measures, of the flags that it got."""
 
 import datetime
+import os
 import time
 
 _SPECS = ("npz:", "folder:", "tfds:")
@@ -28,6 +29,8 @@ def open_all(args):
   mesh = mesh_lib.make_mesh()
   model = None
   if args.checkpoint:
+    # A run under way makes newer ones: all that is measured is of this one.
+    args.checkpoint = told(lambda: weights.pinned(args.checkpoint))
     kept = weights.identity(args.checkpoint, args.weights)["weights"]
     if kept != args.weights:
       say(f"{args.checkpoint} has no averaged weights; its own are measured")
@@ -102,7 +105,8 @@ def _transform(args) -> str:
     return args.transform or "crop"
   workdir, _ = weights.split_step(args.checkpoint)
   trained = Description.read(workdir).config.get("data", {}).get("transform")
-  return "resize" if trained == "resize" else "crop"
+  # As training sees held-out images, where jitter is resizing.
+  return "crop" if trained in (None, "crop") else "resize"
 
 
 def find_reasons(args, looking, images) -> list:
@@ -111,10 +115,10 @@ def find_reasons(args, looking, images) -> list:
 
   run.check_suits(looking, images)
   stated = args.count or images.count
-  if args.inception and not args.reconstruct:
+  if args.inception and images.kind not in ("reconstructed", "drawn"):
     stated = args.count or _STATED
   reasons = comparable.reasons_before(
-    looking.network, images, _split(args), stated
+    looking.network, images, _split(args), stated, not args.shuffle
   )
   if not args.force:
     receipt.refuse(reasons)
@@ -136,16 +140,17 @@ def reference_of(args, looking, images):
   from var_jax.evaluation import adm_reference, image_sets, made_sets, run
 
   spec, split = args.reference, _split(args)
-  if not spec:
-    there = images.originals
-  elif _is_source(spec):
+  if spec and not _is_source(spec):
+    spec = os.path.expanduser(spec)
+    if adm_reference.is_one(spec):
+      return run.against_statistics(looking, spec, split, images.shape)
+    there = image_sets.open_set(spec)
+  elif spec:
     there = made_sets.OfDataset(
       spec, split or "train", images.shape[:2], _transform(args)
     )
-  elif adm_reference.is_one(spec):
-    return run.against_statistics(looking, spec, split, images.shape)
   else:
-    there = image_sets.open_set(spec)
+    there = images.originals
   return run.against_images(looking, there, split, images.shape)
 
 

@@ -3,13 +3,12 @@
 import difflib
 import pathlib
 import runpy
-import signal
-import sys
 from collections.abc import Sequence
 
 from var_jax.commands.arguments import (
   UsageError,
   add_joining,
+  ended_by_sigterm,
   joining,
   step,
   step_range,
@@ -94,8 +93,7 @@ def _train(args) -> int:
         profile=args.profile,
       )
     except Preempted as stopped:
-      print(f"var-jax: {stopped}", file=sys.stderr)
-      return 128 + signal.SIGTERM
+      return ended_by_sigterm(stopped)
   return 0
 
 

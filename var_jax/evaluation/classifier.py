@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from var_jax.checkpoints import network_weights
 from var_jax.evaluation.inception import Features
+from var_jax.models.layers import HIGHEST
 
 WIDTH = 128  # of its features
 _EPOCHS, _BATCH, _RATE = 6, 128, 2e-3
@@ -28,7 +29,10 @@ _NAME = "classifier"
 
 
 class Network(nn.Module):
-  """Three convolutions on blocks of 2x2 pixels, and two layers."""
+  """Three convolutions on blocks of 2x2 pixels, and two layers.
+
+  In full float32 everywhere, so that numbers do not depend on the device.
+  """
 
   num_classes: int
 
@@ -40,10 +44,11 @@ class Network(nn.Module):
     x = x_BHWZ.reshape(B, H // 2, 2, W // 2, 2, Z).transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(B, H // 2, W // 2, 4 * Z)
     for features, stride in ((32, 1), (64, 2), (128, 2)):
-      x = nn.relu(nn.Conv(features, (3, 3), stride)(x))
-    features_BD = nn.relu(nn.Dense(WIDTH)(x.reshape(B, -1)))
+      x = nn.relu(nn.Conv(features, (3, 3), stride, precision=HIGHEST)(x))
+    x = x.reshape(B, -1)
+    features_BD = nn.relu(nn.Dense(WIDTH, precision=HIGHEST)(x))
     x = nn.Dropout(0.4)(features_BD, deterministic=key is None, rng=key)
-    return features_BD, nn.Dense(self.num_classes)(x)
+    return features_BD, nn.Dense(self.num_classes, precision=HIGHEST)(x)
 
 
 class Classifier(NamedTuple):

@@ -19,12 +19,15 @@ from var_jax import files
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError)
 _ARRAYS = ("arr_0", "images")  # ADM's name, and that of our own data
+_LABELS = ("arr_1", "labels")  # likewise
 
 
 class ImageSet(Protocol):
   """Args:
   kind: where the images are from.
   lossy: named by a format that changes pixels, which shows in FID.
+
+  Sets that know classes have `labels`, int [N], too.
   """
 
   kind: str
@@ -73,6 +76,7 @@ class Folder:
       raise ValueError(
         f"{folder} has no images; give one with {', '.join(_SUFFIXES)} files."
       )
+    self._folder = folder
     self.name, self.count = str(folder), len(self.files)
     self.lossy = any(
       path.suffix.lower() not in (".png", ".bmp") for path in self.files
@@ -91,6 +95,13 @@ class Folder:
           )
         pixels.append(image_HW3)
       yield np.stack(pixels)
+
+  @functools.cached_property
+  def labels(self) -> np.ndarray | None:
+    """The number of the folder that each image is in, if there are several."""
+    folders = [path.relative_to(self._folder).parts[0] for path in self.files]
+    names, labels_N = np.unique(folders, return_inverse=True)
+    return labels_N if len(names) < self.count else None
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -151,6 +162,19 @@ class Archive:
         yield np.broadcast_to(
           pixels.reshape(b, *self.shape[:2], -1), (b, *self.shape)
         )
+
+  @functools.cached_property
+  def labels(self) -> np.ndarray | None:
+    """Those that are beside the images, if they are numbers."""
+    try:
+      with np.load(self.path, allow_pickle=False) as arrays:
+        for name in set(_LABELS) & set(arrays.files):
+          labels_N = arrays[name]
+          if labels_N.shape == (self.count,) and labels_N.dtype.kind in "iu":
+            return labels_N
+    except (ValueError, *_DAMAGE):
+      pass  # what is not needed may be damaged
+    return None
 
   @functools.cached_property
   def sha256(self) -> str:

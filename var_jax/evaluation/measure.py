@@ -54,25 +54,40 @@ def gather(parts: Iterable[Part]) -> Looks:
   )
 
 
-def shuffled(looks: Looks, seed: int) -> Looks:
-  """Return the same with the order of images that IS takes parts of drawn."""
-  order = np.random.default_rng(seed).permutation(looks.pooled.count)
+def order(count: int, seed: int) -> np.ndarray:
+  """Return an order of images, drawn by a seed."""
+  return np.random.default_rng(seed).permutation(count)
+
+
+def shuffled(looks: Looks, order_N: np.ndarray) -> Looks:
+  """Return the same with images in another order, that IS takes parts of."""
   return looks._replace(
-    probs_NC=looks.probs_NC[order], judged_N=looks.judged_N[order]
+    probs_NC=looks.probs_NC[order_N], judged_N=looks.judged_N[order_N]
   )
 
 
-def as_reference(looks: Looks, seed: int = 0) -> Reference:
-  """Return a set as one to compare with.
+def as_reference(parts: Iterable[Part], count: int, seed: int = 0) -> Reference:
+  """Return a set as one to compare with; of its images few are kept.
 
   Args:
-    seed: of which images neighbours are looked for among, if there are many.
+    count: of all images; 0 keeps none to look for neighbours among.
+    seed: of which are kept, if there are many.
   """
-  order = np.random.default_rng(seed).permutation(looks.pooled.count)
+  kept_N = np.sort(order(count, seed)[:NEIGHBOURS])
+  pooled = spatial = None
+  at, pooled_MD = 0, []
+  for part in parts:
+    pooled = _merged(pooled, part["pooled_BD"])
+    if "spatial_BE" in part:
+      spatial = _merged(spatial, part["spatial_BE"])
+    end = at + len(part["pooled_BD"])
+    here_n = kept_N[(kept_N >= at) & (kept_N < end)] - at
+    pooled_MD.append(part["pooled_BD"][here_n])
+    at = end
   return Reference(
-    looks.pooled.gaussian(),
-    looks.spatial and looks.spatial.gaussian(),
-    looks.pooled_ND[np.sort(order[:NEIGHBOURS])],
+    pooled.gaussian(),
+    spatial and spatial.gaussian(),
+    np.concatenate(pooled_MD) if count else None,
   )
 
 

@@ -28,6 +28,7 @@ _SAME = {
   "features.sha256": "another feature network",
   "features.resize": "another way of resizing",
   "reference.sha256": "another reference",
+  "reference.kind": "another use of the reference",
   "reference.split": "another split of the reference",
   "reference.transform": "another crop of the reference",
   "images.count": "another number of images",

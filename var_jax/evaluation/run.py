@@ -73,6 +73,8 @@ def look_and_keep(
   Raises:
     ValueError: the images cannot be read.
   """
+  if kept.count >= images.count:
+    return
   saved = time.monotonic()
   try:
     for pixels, part in _parts(looking, images, kept.count):
@@ -116,15 +118,17 @@ def against_images(
     ValueError: its images are of another size, or cannot be read.
   """
   _check_sizes(images.name, images.shape, shape)
-  looks = look(looking, images)
+  comparable.check_count(images)
+  parts = (part for _, part in _parts(looking, images, 0))
   about = {
     "name": images.name,
+    "kind": "images",
     "sha256": images.sha256,
     "split": split,
     "count": images.count,
     "transform": getattr(images, "transform", None),
   }
-  return Against(measure.as_reference(looks), about)
+  return Against(measure.as_reference(parts, images.count), about)
 
 
 def against_statistics(
@@ -149,6 +153,7 @@ def against_statistics(
     near = look(looking, some).pooled_ND
   about = {
     "name": path,
+    "kind": "statistics",
     "sha256": files.sha256(path),
     "split": split,
     "count": None,  # it does not say
@@ -201,11 +206,12 @@ def to_receipt(
   network = looking.network
   order = {"rule": _ORDERS.get(images.kind, "as read")}
   if shuffle is not None:
-    looks = measure.shuffled(looks, shuffle)
+    looks = measure.shuffled(looks, measure.order(images.count, shuffle))
     order["rule"] = f"features shuffled by seed {shuffle}"
   times = measure.sortedness(looks.judged_N)
   order["sortedness"] = round(times, 2)
-  if times > comparable.SORTED:
+  known = any(reason.suffix == comparable.CLASS_SORTED for reason in reasons)
+  if times > comparable.SORTED and not known:
     is_sorted = comparable.is_sorted(images, network, times)
     if not forced:
       receipt.refuse([is_sorted])
@@ -218,7 +224,9 @@ def to_receipt(
   return receipt.make(
     receipt.renamed({**numbers, **(more or {})}, reasons),
     forced=reasons,
-    warnings=comparable.warnings(images, looks, network),
+    warnings=comparable.warnings(
+      images, against.about.get("count"), looks, network
+    ),
     features=network.about,
     reference=against.about,
     images={

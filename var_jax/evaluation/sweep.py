@@ -74,9 +74,12 @@ def write(
   """Write sweep.json and sweep.png, the score over the distance."""
   folder = files.absolute(folder)
   names = list(receipts)
+  distance, score = (
+    _named(receipts[names[0]], measure) for measure in (distance, score)
+  )
   points_N2 = np.array(
     [
-      [_number(receipts[name], measure) for measure in (distance, score)]
+      [receipts[name]["numbers"][measure] for measure in (distance, score)]
       for name in names
     ]
   )
@@ -92,21 +95,17 @@ def write(
   )
 
 
-def _number(found: Mapping[str, Any], measure: str) -> float:
-  """Return a number, by its forced name too."""
-  for name, value in found["numbers"].items():
+def _named(found: Mapping[str, Any], measure: str) -> str:
+  """Return what a measure is called there, where it may be forced."""
+  for name in found["numbers"]:
     if name == measure or name.startswith(f"{measure}_"):
-      return value
+      return name
   raise ValueError(f"a receipt has no {measure}; measure anew.")
 
 
 def _plot(names, points_N2, kept, distance: str, score: str) -> bytes:
-  try:
-    import matplotlib
-  except ImportError:
-    raise ValueError(
-      "a sweep draws with matplotlib, which is missing; install var-jax[bench]."
-    ) from None
+  import matplotlib
+
   matplotlib.use("agg")
   import matplotlib.pyplot as plt
 

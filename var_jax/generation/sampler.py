@@ -6,6 +6,7 @@ once and donated from program to program; on a CPU there is one a layer.
 `generate` has all scales and the decoder in one program.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -136,7 +137,8 @@ def compile_ahead(
 ) -> None:
   """Compile what `generate` of the same arguments takes.
 
-  A program a layer is many programs, which are compiled side by side.
+  A program a layer is many programs, which are compiled side by side. Programs
+  of a scale, and all on a mesh unless fused, are called once.
   """
   arrays = (models, params, labels_B, keys_B, options)
   how = dict(guided=guided, smooth=smooth)
@@ -144,7 +146,8 @@ def compile_ahead(
     with models.context():
       fused_program.lower(*arrays, None, **how).compile()
     return
-  if not by_layer.suits(params):
+  on_mesh = models.context is not contextlib.nullcontext
+  if on_mesh or not by_layer.suits(params):
     jax.block_until_ready(generate(*arrays, **how, fused=False))
     return
   ahead = Ahead()

@@ -8,8 +8,14 @@ import numpy as np
 
 from var_jax.api import Model
 from var_jax.data import pipeline
-from var_jax.evaluation import made_sets, measure, networks
-from var_jax.evaluation.measure import Looks
+from var_jax.evaluation import (
+  comparable,
+  made_sets,
+  measure,
+  networks,
+  receipt,
+)
+from var_jax.evaluation.partial import Part
 
 Stopped = Callable[[], bool]
 
@@ -79,20 +85,26 @@ class Draws:
   ) -> dict[str, float] | None:
     """Return the numbers, or None if there is no time left for them."""
     if self._reference is None:
-      looks = self._look(self._real(run), stopped)
-      if looks is None:
+      parts = self._look(self._real(run), stopped)
+      if parts is None:
         return None
+      if sum(len(part["pooled_BD"]) for part in parts) < 2:
+        raise ValueError(
+          "draws.count compares with held-out images, and fewer than two can "
+          "be read; give eval_source more."
+        )
       # Without images, which only measures that are not kept need.
-      self._reference = measure.as_reference(looks)._replace(pooled_MD=None)
+      self._reference = measure.as_reference(parts, count=0)
     cfg, names = self._cfg, self._network.names
     how = dict(guidance=cfg.guidance, top_k=cfg.top_k, top_p=cfg.top_p)
     drawn = made_sets.Drawn(model, cfg.count, run.config.seed, **how)
-    looks = self._look(drawn.batches(self._batch_size), stopped)
-    if looks is None:
+    parts = self._look(drawn.batches(self._batch_size), stopped)
+    if parts is None:
       return None
-    numbers = measure.compare(looks, self._reference, names)
-    kept = (names.distance, names.score)
-    return {f"{name}_{cfg.count}": numbers[name] for name in kept}
+    numbers = measure.compare(measure.gather(parts), self._reference, names)
+    kept = {name: numbers[name] for name in (names.distance, names.score)}
+    named = receipt.renamed(kept, comparable.other_weights(self._network))
+    return {f"{name}_{cfg.count}": value for name, value in named.items()}
 
   def _real(self, run) -> Iterator[np.ndarray]:
     """Yield held-out images, as training sees them without chance."""
@@ -103,11 +115,12 @@ class Draws:
       limit=run.config.eval_samples or None,
       on_broken=run.config.data.on_broken,
     ):
-      yield batch["image"][batch["real"]]
+      if batch["real"].any():  # else all of it was broken
+        yield batch["image"][batch["real"]]
 
   def _look(
     self, batches: Iterator[np.ndarray], stopped: Stopped
-  ) -> Looks | None:
+  ) -> list[Part] | None:
     parts = []
     for _, features in networks.extract(
       self._network, batches, self._batch_size, self._mesh
@@ -115,4 +128,4 @@ class Draws:
       parts.append(features.present())
       if stopped():
         return None
-    return measure.gather(parts)
+    return parts
