@@ -13,7 +13,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _MAKERS = {
   "lpips": "`var-jax convert --lpips` wrote (docs/tokenizer.md)",
-  "inception": "`var-jax convert --inception` wrote (docs/evaluation.md)",
+  "inception": "`var-jax convert --inception` wrote of pytorch-fid's release "
+  "pt_inception-2015-12-05-6726825d.pth (docs/evaluation.md)",
   "classifier": "`var-jax evaluate --fit-classifier` wrote",
 }
 
