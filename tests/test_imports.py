@@ -86,7 +86,7 @@ HEAVY = {
   "tensorflow_datasets": {"data"},
   "grain": {"data"},
   "array_record": {"data"},
-  "tensorboardX": {"training"},
+  "tensorboardX": {"training", "evaluation"},  # writes, reads a graph
   "tensorflow": set(),
   "torch": {"checkpoints"},
   "gradio": {"app"},
