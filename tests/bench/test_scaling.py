@@ -135,6 +135,19 @@ def test_a_ladder_is_trained_read_again_and_fitted(tmp_path, capsys):
       "depths (1, 2) are too few for a law",
     ),
     (
+      [
+        *("--config", "configs/scaling.py:tiny"),
+        "--config.ladder.depths=(1,2,-3)",
+      ],
+      1,
+      "depths (1, 2, -3) are to be whole numbers from 1",
+    ),
+    (
+      ["--config", "configs/scaling.py:tiny", "--config.steps=1"],
+      1,
+      "measures nothing in 1 steps",
+    ),
+    (
       ["--config", "configs/scaling.py:tiny", "--config.eval_every=0"],
       1,
       "eval_every 0 measures nothing",

@@ -354,6 +354,46 @@ def interrupting(parts):
   raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("hello", "has hello, not ours; remove it"),
+    ("00000000.npz", "has no settings.json; remove it"),
+    ("", "is a file; remove it"),
+  ],
+)
+def test_what_is_no_measurement_is_neither_taken_nor_removed(
+  name, message, folder, tmp_path, capsys
+):
+  partial = tmp_path / "a.json.partial"
+  if name:
+    partial.mkdir()
+  (partial / name).write_bytes(b"mine")
+  flags = ["--samples", folder / "val.npz"]
+  assert by_classifier(folder, *flags, output=tmp_path / "a.json") == 1
+  assert message in line(capsys)
+  assert (partial / name).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("content", [b"", b"PK no zip", b"text", "npy", "text"])
+def test_damaged_tokens_are_one_line(
+  content, folder, workdir, tmp_path, capsys
+):
+  path = tmp_path / "tokens.npz"
+  if isinstance(content, bytes):
+    path.write_bytes(content)
+  elif content == "npy":
+    np.save(tmp_path / "tokens.npy", np.zeros(3))
+    (tmp_path / "tokens.npy").rename(path)
+  else:
+    np.savez(path, tokens=np.array(["a", "b"]))
+  flags = ["--checkpoint", workdir, "--tokens", path]
+  assert by_classifier(folder, *flags, output=tmp_path / "a.json") == 1
+  message = line(capsys)
+  assert f"{path}: tokens cannot be read" in message
+  assert "give an .npz with `tokens`" in message
+
+
 def test_what_was_left_by_other_settings_is_not_taken(folder, tmp_path, capsys):
   pixels, labels = coloured(3, 120)
   np.savez(tmp_path / "s.npz", arr_0=pixels[np.argsort(labels)])
@@ -367,6 +407,7 @@ def test_what_was_left_by_other_settings_is_not_taken(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("content", [b"", b"PK no zip", None])
 def test_a_damaged_part_is_named(content, tmp_path):
+  (tmp_path / "settings.json").write_text("{}")
   part = tmp_path / "00000000.npz"
   if content is None:
     np.savez(part, other=np.zeros(3))
@@ -399,6 +440,13 @@ def test_receipts_say_whether_they_may_be_compared(folder, tmp_path, capsys):
   capsys.readouterr()
   assert run("--compare", a, b) == 0
   assert capsys.readouterr().out == "they may be compared\n"
+  other = receipt_of(a)
+  for transform, code in ((None, 0), ("crop", 0), ("resize", 1)):
+    for path, known in ((a, "crop"), (b, transform)):
+      other["images"]["transform"] = known
+      path.write_text(json.dumps(other))
+    assert run("--compare", a, b) == code
+  assert "another crop: images.transform is" in capsys.readouterr().out
   assert run("--compare", a, c) == 1
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith("another reference: reference.sha256 is")
@@ -555,6 +603,10 @@ def test_statistics_of_adm_are_a_reference(
   np.savez(tmp_path / "ref.npz", mu=statistic["mu"])
   assert by_inception(tmp_path, *flags, "--output", tmp_path / "c.json") == 1
   assert "ref.npz has arrays mu and no sigma" in line(capsys)
+  for sigma in (-statistic["sigma"], np.triu(np.ones((3, 3)))):
+    np.savez(tmp_path / "ref.npz", mu=statistic["mu"], sigma=sigma)
+    assert by_inception(tmp_path, *flags, "--output", tmp_path / "c.json") == 1
+    assert "sigma is no covariance" in line(capsys)
   statistic["mu"] = np.zeros(5)
   np.savez(tmp_path / "ref.npz", **statistic)
   assert by_inception(tmp_path, *flags, "--output", tmp_path / "d.json") == 1

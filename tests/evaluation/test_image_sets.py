@@ -96,3 +96,10 @@ def test_what_is_broken_or_missing_is_named(tmp_path):
   (tmp_path / "1.png").write_bytes(b"no image")
   with pytest.raises(ValueError, match="1.png cannot be read"):
     list(image_sets.open_set(str(tmp_path)).batches(2))
+
+
+def test_deep_pictures_are_refused(tmp_path):
+  deep = np.full((4, 4), 40_000, np.uint16)
+  Image.fromarray(deep).save(tmp_path / "deep.png")
+  with pytest.raises(ValueError, match="more than 8 bits a channel"):
+    image_sets.open_set(str(tmp_path))

@@ -76,12 +76,18 @@ def check(config: ml_collections.ConfigDict) -> None:
       "the config has no ladder of depths; use configs/scaling.py, or add "
       "config.ladder.depths and .width."
     )
-  if len(set(config.ladder.depths)) < 3:
+  depths = config.ladder.depths
+  if any(not isinstance(d, int) or d < 1 for d in depths):
+    raise ValueError(f"depths {depths} are to be whole numbers from 1.")
+  if len(set(depths)) < max(3, len(depths)):
     raise ValueError(
-      f"depths {config.ladder.depths} are too few for a law; use 3 or more."
+      f"depths {depths} are too few for a law; use 3 or more, each once."
     )
-  if not config.eval_every:
-    raise ValueError("eval_every 0 measures nothing; set it.")
+  if not 0 < config.eval_every <= config.steps:
+    raise ValueError(
+      f"eval_every {config.eval_every} measures nothing in {config.steps} "
+      "steps; set it from 1 to that."
+    )
   if config.progressive.until:
     raise ValueError(
       f"progressive.until {config.progressive.until} makes early steps "

@@ -235,7 +235,9 @@ def _sweep(args) -> None:
   for how in _combinations(args):
     images, about = measuring.image_set(args, looking, model, how)
     reasons = measuring.find_reasons(args, looking, images)
-    name = ",".join(f"{k}={how[k]:g}" for k in ("guidance", "top_k", "top_p"))
+    name = ",".join(
+      f"{k}={how[k]:.12g}" for k in ("guidance", "top_k", "top_p")
+    )
     path = files.absolute(args.output) / f"{name}.json"
     if measuring.told(path.exists):
       asked = measuring.asked(args, looking, images, about)

@@ -101,8 +101,10 @@ def _transform(args) -> str:
   from var_jax.checkpoints import weights
   from var_jax.checkpoints.description import Description
 
-  if args.transform or not args.checkpoint:
-    return args.transform or "crop"
+  if args.transform:
+    return args.transform
+  if not args.checkpoint:  # as the classifier was fitted, or as the official
+    return "resize" if args.classifier else "crop"
   workdir, _ = weights.split_step(args.checkpoint)
   trained = Description.read(workdir).config.get("data", {}).get("transform")
   # As training sees held-out images, where jitter is resizing.

@@ -10,6 +10,7 @@ import zipfile
 
 import numpy as np
 
+from var_jax.evaluation import archives
 from var_jax.evaluation.statistics import Gaussian
 
 
@@ -33,33 +34,38 @@ def read(
   """
   with zipfile.ZipFile(path) as archive:
     names = {name.removesuffix(".npy") for name in archive.namelist()}
-  try:
-    with np.load(path, allow_pickle=False) as arrays:
-      pooled = _pair(arrays, names, ("mu", "sigma"), dimensions, path)
-      spatial = None
-      if names & {"mu_s", "sigma_s"}:
-        keys = ("mu_s", "sigma_s")
-        spatial = _pair(arrays, names, keys, spatial_dimensions, path)
-  except (OSError, zipfile.BadZipFile) as error:
-    raise ValueError(
-      f"{path} cannot be read ({error}); fetch it again."
-    ) from None
+  pooled = _pair(names, ("mu", "sigma"), dimensions, path)
+  spatial = None
+  if names & {"mu_s", "sigma_s"}:
+    spatial = _pair(names, ("mu_s", "sigma_s"), spatial_dimensions, path)
   return pooled, spatial, "arr_0" in names
 
 
-def _pair(arrays, names, keys, dimensions: int, path: str) -> Gaussian:
+def _pair(names, keys, dimensions: int, path: str) -> Gaussian:
+  found = []
   for key, shape in zip(
     keys, ((dimensions,), (dimensions, dimensions)), strict=True
   ):
     if key not in names:
       raise ValueError(
         f"{pathlib.Path(path).name} has arrays {', '.join(sorted(names))} and "
-        f"no {key}; a reference of ADM has mu, sigma and arr_0."
+        f"no {key}; a reference of ADM has mu, sigma, mu_s, sigma_s and arr_0."
       )
-    if arrays[key].shape != shape or not np.isfinite(arrays[key]).all():
+    value = np.asarray(archives.read(path, key, "fetch it again"), np.float64)
+    if value.shape != shape or not np.isfinite(value).all():
       raise ValueError(
-        f"{path}: {key} has shape {arrays[key].shape}, not finite numbers of "
+        f"{path}: {key} has shape {value.shape}, not finite numbers of "
         f"shape {shape}; give statistics of the Inception of FID."
       )
-  mean, covariance = (np.asarray(arrays[key], np.float64) for key in keys)
-  return Gaussian(mean, covariance)
+    found.append(value)
+  mean_D, covariance_DD = found
+  scale = np.abs(covariance_DD).max()
+  if (
+    not np.allclose(covariance_DD, covariance_DD.T, rtol=0, atol=1e-4 * scale)
+    or np.diagonal(covariance_DD).min() < -1e-6 * scale
+  ):
+    raise ValueError(
+      f"{path}: {keys[1]} is no covariance, which is symmetric with variances "
+      "from 0; fetch it again."
+    )
+  return Gaussian(mean_D, covariance_DD)

@@ -15,9 +15,13 @@ from typing import Protocol
 import numpy as np
 
 from var_jax import files
+from var_jax.evaluation import archives
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError)
+# Of an encrypted member too, or one of a compression that is not known.
+_DAMAGE = (
+  zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, RuntimeError,
+)  # fmt: skip
 _ARRAYS = ("arr_0", "images")  # ADM's name, and that of our own data
 _LABELS = ("arr_1", "labels")  # likewise
 
@@ -166,14 +170,13 @@ class Archive:
   @functools.cached_property
   def labels(self) -> np.ndarray | None:
     """Those that are beside the images, if they are numbers."""
-    try:
-      with np.load(self.path, allow_pickle=False) as arrays:
-        for name in set(_LABELS) & set(arrays.files):
-          labels_N = arrays[name]
-          if labels_N.shape == (self.count,) and labels_N.dtype.kind in "iu":
-            return labels_N
-    except (ValueError, *_DAMAGE):
-      pass  # what is not needed may be damaged
+    for name in _LABELS:
+      try:
+        labels_N = archives.read(self.path, name, "")
+      except ValueError:
+        continue  # there are none, or they are something else
+      if labels_N.shape == (self.count,) and labels_N.dtype.kind in "iu":
+        return labels_N
     return None
 
   @functools.cached_property
@@ -267,9 +270,15 @@ def _read(path: pathlib.Path) -> np.ndarray:
 
   try:
     with Image.open(path) as image:
-      return np.asarray(image.convert("RGB"))
+      deep = image.mode.startswith(("I", "F"))
+      pixels = None if deep else np.asarray(image.convert("RGB"))
   except Exception as error:  # Pillow's errors share no base class
     raise ValueError(
       f"image {path} cannot be read ({type(error).__name__}); restore it or "
       "take it away."
     ) from None
+  if pixels is None:
+    raise ValueError(
+      f"image {path} has more than 8 bits a channel; convert it to 8 bits."
+    )
+  return pixels

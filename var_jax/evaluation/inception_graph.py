@@ -31,19 +31,19 @@ def read_tensors(path: str) -> dict[str, np.ndarray]:
   """
   constants = _constants(pathlib.Path(path))
 
-  def constant(name: str) -> np.ndarray:
-    if name not in constants:
+  def constant(name: str, dimensions: int = 1) -> np.ndarray:
+    if name not in constants or constants[name].ndim != dimensions:
       raise ValueError(
-        f"{path} has no constant {name}; give the classify_image_graph_def.pb "
-        "of inception-2015-12-05.tgz."
+        f"{path} has no constant {name} of {dimensions} dimensions; give the "
+        "classify_image_graph_def.pb of inception-2015-12-05.tgz."
       )
     return constants[name]
 
-  tensors = {"fc.weight": constant("softmax/weights").T}
+  tensors = {"fc.weight": constant("softmax/weights", 2).T}
   layers = {name.split("/")[0] for name in inception.shapes()} - {"logits"}
   for layer in layers:
     place = _place(layer)
-    kernel_ijZF = constant(f"{place}/conv2d_params")
+    kernel_ijZF = constant(f"{place}/conv2d_params", 4)
     norm = f"{place}/batchnorm"
     tensors |= {
       f"{layer}.conv.weight": kernel_ijZF.transpose(3, 2, 0, 1),
@@ -97,6 +97,8 @@ def _constants(path: pathlib.Path) -> dict[str, np.ndarray]:
       continue
     shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
     if tensor.tensor_content:
+      if len(tensor.tensor_content) != 4 * np.prod(shape):
+        raise ValueError(f"{path}: {node.name} is cut short; fetch it again.")
       values = np.frombuffer(tensor.tensor_content, "<f4")
     else:  # one value may stand for all
       values = np.asarray(tensor.float_val, np.float32)

@@ -13,6 +13,7 @@ import numpy as np
 
 from var_jax import checks, images
 from var_jax.data import sources, transforms
+from var_jax.evaluation import archives
 from var_jax.generation import sampler
 from var_jax.parallel import multihost
 
@@ -86,16 +87,11 @@ class Decoded:
 
   def __init__(self, model, path: str):
     schedule = model.config.tokenizer.schedule
-    try:
-      with np.load(path, allow_pickle=False) as arrays:
-        tokens_NL = arrays["tokens"]
-    except (OSError, ValueError, KeyError) as error:
-      raise ValueError(
-        f"{path} cannot be read ({error}); give an .npz with `tokens`."
-      ) from None
+    tokens_NL = archives.read(path, "tokens", "give an .npz with `tokens`")
     if (
       tokens_NL.ndim != 2
       or tokens_NL.shape[1] != schedule.num_tokens
+      or not len(tokens_NL)
       or not np.issubdtype(tokens_NL.dtype, np.integer)
     ):
       raise ValueError(

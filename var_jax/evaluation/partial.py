@@ -8,6 +8,7 @@ A part is written aside and gets its name when it is whole.
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from var_jax import files
 
 Part = Mapping[str, np.ndarray]
 
+_OURS = re.compile(r"\d{8}\.npz|settings\.json|\..*\.partial")
 _DAMAGE = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile)
 
 
@@ -30,6 +32,7 @@ class Partial:
       ValueError: the folder has features of other settings.
     """
     self.folder = files.absolute(folder)
+    self._check()
     # As JSON gives it back.
     self._settings = json.loads(json.dumps(settings))
     path = self.folder / "settings.json"
@@ -40,6 +43,20 @@ class Partial:
       )
     self._waiting, self._waiting_count = [], 0
     self._saved = self._whole_parts()
+
+  def _check(self) -> None:
+    """Raise ValueError if the folder has anything but what `save` writes."""
+    if not self.folder.exists():
+      return
+    remedy = "remove it, or name another --output."
+    if not self.folder.is_dir():
+      raise ValueError(f"{self.folder} is a file; {remedy}")
+    names = {path.name for path in self.folder.iterdir()}
+    others = sorted(name for name in names if not _OURS.fullmatch(name))
+    if others:
+      raise ValueError(f"{self.folder} has {others[0]}, not ours; {remedy}")
+    if names and "settings.json" not in names:
+      raise ValueError(f"{self.folder} has no settings.json; {remedy}")
 
   @property
   def count(self) -> int:

@@ -92,7 +92,7 @@ def _parts(
   looking: Looking, images: ImageSet, start: int
 ) -> Iterator[tuple[np.ndarray, Part]]:
   """Yield images from `start` on, and what is seen in them."""
-  done, size = start, looking.batch_size
+  done, size = start, min(looking.batch_size, images.count)
   looking.progress(done, images.count, start)
   batches = images.batches(size, start)
   found = networks.extract(looking.network, batches, size, looking.mesh)
