@@ -428,6 +428,10 @@ def test_a_sweep_goes_into_a_folder_of_its_own(tmp_path):
     sweep.check_folder(tmp_path / "config.json")
   with pytest.raises(ValueError, match="is no folder; make it first"):
     sweep.check_folder(tmp_path / "none" / "new")
+  # What a write that was killed leaves is a sweep's.
+  (tmp_path / "cut").mkdir()
+  (tmp_path / "cut" / ".sweep.json.partial").write_text("{")
+  sweep.check_folder(tmp_path / "cut")
 
 
 def test_receipts_say_whether_they_may_be_compared(folder, tmp_path, capsys):

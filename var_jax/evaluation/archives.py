@@ -25,8 +25,7 @@ def read(path: str, name: str, remedy: str) -> np.ndarray:
         raise TypeError("no array of real numbers")
       return found
   except DAMAGE as error:
-    what = type(error).__name__ if isinstance(error, ValueError) else error
+    # Not its text: NumPy's advises to unpickle what it cannot read.
     raise ValueError(
-      f"{path}: {name} cannot be read ({what or type(error).__name__}); "
-      f"{remedy}."
+      f"{path}: {name} cannot be read ({type(error).__name__}); {remedy}."
     ) from None

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import pathlib
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -18,10 +17,6 @@ from var_jax import files
 from var_jax.evaluation import archives
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Of an encrypted member too, or one of a compression that is not known.
-_DAMAGE = (
-  zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, RuntimeError,
-)  # fmt: skip
 _ARRAYS = ("arr_0", "images")  # ADM's name, and that of our own data
 _LABELS = ("arr_1", "labels")  # likewise
 
@@ -186,7 +181,7 @@ class Archive:
   def _bytes(self, file, count: int) -> bytes:
     try:
       return file.read(count)
-    except _DAMAGE as error:
+    except archives.DAMAGE as error:
       raise _damaged(self.path, error) from None
 
   def _open(self) -> "_Member":
@@ -203,7 +198,7 @@ class _Member:
     try:
       self._archive = zipfile.ZipFile(self._path)
       self._file = self._archive.open(self._member)
-    except _DAMAGE as error:
+    except archives.DAMAGE as error:
       raise _damaged(self._path, error) from None
     read = {
       (1, 0): np.lib.format.read_array_header_1_0,
@@ -212,7 +207,7 @@ class _Member:
     try:
       version = np.lib.format.read_magic(self._file)
       shape, fortran, dtype = read[version](self._file)
-    except (ValueError, *_DAMAGE):
+    except archives.DAMAGE:
       self.__exit__()
       raise ValueError(
         f"{self._path}: {self._member} is no array; restore it from a copy."

@@ -9,7 +9,6 @@ A part is written aside and gets its name when it is whole.
 import io
 import json
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,11 +16,11 @@ import numpy as np
 from etils import epath
 
 from var_jax import files
+from var_jax.evaluation import archives
 
 Part = Mapping[str, np.ndarray]
 
 _OURS = re.compile(r"\d{8}\.npz|settings\.json|\..*\.partial")
-_DAMAGE = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile)
 
 
 class Partial:
@@ -135,7 +134,7 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
       part = dict(arrays)
       part["pooled_BD"]  # every part has them
       return part
-  except _DAMAGE as error:
+  except archives.DAMAGE as error:
     raise ValueError(
       f"{path} cannot be read ({error}); remove {path.parent} and begin anew."
     ) from None

@@ -16,7 +16,7 @@ Receipts = Mapping[str, Mapping[str, Any]]
 
 
 # What a sweep leaves in its folder.
-_OURS = re.compile(r"guidance=.*\.json(\.partial)?|sweep\.(json|png)")
+_OURS = re.compile(r"\.?(guidance=.*\.json|sweep\.(json|png))(\.partial)?")
 
 
 def check_folder(path: epath.PathLike) -> None:
